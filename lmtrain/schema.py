@@ -1,0 +1,178 @@
+"""Every field of an experiment: its default, its meaning, and what it refuses.
+
+An experiment is `mesh`, `seed` and an ordered set of `stages`. These dataclasses are what the rooms receive; what a person
+writes is the ml_collections.ConfigDict of the same shape that `config.py` makes of them (see experiments/).
+Where 0 or "" or "auto" stands for "worked out from the rest", the comment says from what.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lmtrain.types import LmtrainError
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many ways each axis splits the devices. One of them may be -1: whatever the others leave."""
+
+    data: int = -1  # rows of the batch; parameters are copied
+    fsdp: int = 1  # rows of the batch; parameters are split and gathered layer by layer
+    tensor: int = 1  # heads, MLP and vocabulary
+    context: int = 1  # positions of a row
+    expert: int = 1  # experts of a mixture; rows of the batch elsewhere
+    dcn_data: int = 1  # slices (or slow networks) that the data axis spans
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretches rotary positions past the length the model was trained on. kind "none" uses none of the numbers."""
+
+    kind: str = "none"  # none | linear | llama3 | yarn
+    factor: float = 1.0
+    original_length: int = 8192  # rows the unscaled model was trained on (llama3, yarn)
+    low_freq: float = 1.0  # llama3: low_freq_factor
+    high_freq: float = 4.0  # llama3: high_freq_factor
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 0.0  # yarn; 0: 0.1 ln(factor) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder. The defaults are a small, fast-learning one; models/presets.py names the well-known shapes."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    mlp: int = 0  # hidden width; 0: 4 * width, or 8/3 of it rounded up to a multiple of 64 where the activation is gated
+    vocab_size: int = 0  # 0: the tokenizer's
+    activation: str = "relu2"  # swiglu | geglu | relu2 | gelu
+    norm: str = "rmsnorm"  # rmsnorm | gemma (scale stored as scale - 1)
+    norm_eps: float = 1e-6
+    norm_scale: bool = True  # a learned scale in the norms of the residual stream
+    post_norm: bool = False  # sandwich: another norm after attention and after the MLP
+    embed_norm: bool = False  # a norm on the embedding, before the first layer
+    qk_norm: bool = True  # norm of each head's queries and keys
+    qk_norm_scale: bool = True  # with a learned scale
+    rope_theta: float = 10000.0
+    rope_local_theta: float = 0.0  # for windowed layers; 0: rope_theta
+    rope_scaling: RopeScaling = RopeScaling()  # windowed layers stay unscaled where rope_local_theta is set
+    pattern: str = "G"  # kinds of layer, repeated: G global, W windowed ("WWWWWG" is Gemma 3)
+    window: int = 0  # how many positions a W layer sees, its own included
+    attn_scale: float = 0.0  # 0: head_dim ** -0.5
+    attn_softcap: float = 0.0  # 0: none
+    logit_softcap: float = 0.0  # 0: none
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True  # the output matrix is the embedding
+    embed_scale: bool = False  # embeddings times sqrt(width) (Gemma)
+    experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 2
+    shared_experts: int = 0  # run for every token, beside the routed ones
+    expert_mlp: int = 0  # hidden width of one expert; 0: mlp
+    router_norm: bool = True  # the chosen experts' weights sum to 1
+    router_balance: float = 0.01  # weight of the load-balancing loss
+    router_z: float = 0.001  # weight of the router's z-loss
+    zero_init: bool = True  # matrices that write to the residual stream, and an untied output, start at zero
+    init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding or one followed by a norm, else 0.02
+    attention: str = "auto"  # auto | reference | xla | cudnn | splash
+    remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
+    unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 1 elsewhere
+    loss_chunk: int = 0  # positions whose logits exist at once; 0: chosen so that a chunk stays below 64 MiB
+    dtype: str = "auto"  # of activations and products; auto: float32 on CPU, bfloat16 elsewhere. Weights are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where documents come from and how they become rows."""
+
+    source: str = "stdlib"  # stdlib | text | jsonl | parquet | arrayrecord | hf | "package.module:function"
+    path: str = ""  # file, folder or glob (source hf: a name or a folder). stdlib: "docs", "source" or "" for both
+    field: str = "text"  # of a row, where the source has rows
+    document: str = "auto"  # text: file | paragraph (blank lines between) | line; auto: file
+    subset: str = ""  # hf: configuration name
+    hf_split: str = "train"  # hf: split to read
+    weight: float = 1.0  # share within a mixture
+    mixture: dict[str, "Data"] = dataclasses.field(default_factory=dict)  # name -> Data; then source and path stay unset
+    row_length: int = 256
+    heldout: str = "auto"  # hash (whole documents, by hash of their text) | tail (end of the corpus); auto: hash from 100 documents up
+    heldout_fraction: float = 0.05
+    heldout_rows: int = 256  # rows of the fixed held-out set that are scored; 0: all
+    limit: int = 0  # read at most so many documents; 0: all
+    workers: int = 0  # threads that read ahead; 0: chosen by Grain
+    cache: str = ""  # folder for tokenised shards; "": data/ of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """The optax chain: clip, optimizer, weight decay, schedule."""
+
+    name: str = "muon"  # any optimizer of optax or optax.contrib; muon: matrices by Muon, the rest by AdamW
+    lr: float = 0.003  # AdamW's, and any other optimizer's
+    muon_lr: float = 0.02  # Muon's, for matrices
+    schedule: str = "wsd"  # wsd | cosine | linear | constant
+    warmup: float = 0.02  # share of the steps if below 1, else steps
+    decay: float = 0.4  # wsd: share of the steps (or steps) over which it falls
+    final: float = 0.0  # last learning rate, as a share of lr
+    weight_decay: float = 0.0  # matrices only, times the learning rate
+    clip: float = 1.0  # largest global norm of the gradient; 0: none
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95  # Muon's
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keyword arguments of the optax optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level BPE, trained as the experiment's first stage or read from a file."""
+
+    kind: str = "bpe"  # bpe | bytes (no merges: a token is a byte) | file
+    path: str = ""  # kind file: a tokenizer.json or the folder that holds one
+    vocab_size: int = 4096  # special tokens and the 256 bytes included
+    train_bytes: int = 100_000_000  # text that training reads
+    data: Data | None = None  # None: that of the first training stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage."""
+
+    steps: int = 1000
+    batch_size: int = 32  # rows of one update, over all hosts and microbatches
+    accumulate: int = 1  # microbatches of one update
+    log_every: int = 10
+    eval_every: int = 200  # 0: only at the end
+    checkpoint_every: int = 200  # 0: only at the end
+    keep_last: int = 2
+    keep_best: int = 1
+    init_from: str = ""  # "": the stage before, or fresh; else a run's folder or that of one of its stages
+    objective: str = "pretrain"  # a name in objectives/ or "package.module:function"
+    loss: Any = None  # the objective's own settings: the dataclass that its fourth argument is annotated with
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    samples: int = 4  # texts generated at each evaluation
+    sample_tokens: int = 128
+    prompts: tuple[str, ...] = ("",)
+    spike: float = 0.0  # a loss this many nats above the median of the last 64 rolls back; 0: only a non-finite loss does
+    max_rollbacks: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What `lmtrain run` runs."""
+
+    seed: int = 0
+    mesh: Mesh = Mesh()
+    tensorboard: bool = True
+    stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage, in order
+
+
+class ConfigError(LmtrainError):
+    """A setting that cannot be: names the field, what it got, what it takes."""

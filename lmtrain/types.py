@@ -1,0 +1,57 @@
+"""The words that every room shares: Batch, TrainState, and the legend of shape letters.
+
+Arrays are named by their shape, one capital letter a dimension, last in the name (`tokens_BT`, `q_BTNH`):
+
+    B  rows of a batch                 N  query heads
+    T  positions of a row (queries)    K  key/value heads, G = N // K queries for each
+    S  positions of the keys           H  size of a head
+    D  width of the model              F  width of the MLP's hidden layer
+    V  vocabulary                      E  experts
+    L  layers of a stack               A  microbatches that one update accumulates
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+#: Names of a batch's arrays, each with its shape. Pretraining and SFT use
+#:   tokens_BT    int32    what the model reads
+#:   targets_BT   int32    the token that follows, within the same document
+#:   weights_BT   float32  1 where the target counts in the loss, else 0
+#:   segments_BT  int32    1, 2, ... for the documents packed into a row, 0 for padding (optional: a row is one document)
+#:   positions_BT int32    position within the document (optional: 0, 1, 2, ...)
+#: Objectives add their own. Arrays stay NumPy on the host until `mesh.put`.
+Batch = dict[str, Any]
+
+#: A nested dict of arrays.
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that one update reads and replaces. A pytree; donated to the jitted step.
+
+    Attributes:
+      step: int32 scalar, updates done so far.
+      params: nested dict of float32 master weights.
+      opt_state: the optax state.
+      key: a typed jax.random key; the step folds `step` into it, so it never changes.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+
+
+class LmtrainError(Exception):
+    """An error of the user's making: the command prints its message alone, without a traceback, and exits with 2.
+
+    The message says what, where, what was expected, and the nearest valid name.
+    """
