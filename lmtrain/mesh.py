@@ -1,0 +1,252 @@
+"""The mesh of devices, and the one table that says which axis of an array lies along which axis of the mesh.
+
+Arrays name their dimensions ("embed", "heads", "batch", ...; the *logical* axes). `RULES` maps each to the mesh axes that
+split it; `spec` applies the table to one array. Nothing else in lmtrain writes a PartitionSpec by hand.
+
+The mesh has Auto axes: the compiler propagates shardings, and `constrain` pins them where it would guess wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lmtrain import schema
+from lmtrain.types import Array, Batch
+
+#: Axes of the mesh, slowest network first. `data` may span several slices (DCN); the rest stay within one.
+AXES = ("data", "fsdp", "tensor", "context", "expert")
+
+#: The mesh axes that split the rows of a batch.
+BATCH_AXES = ("data", "fsdp", "expert")
+
+#: Logical axis -> the mesh axes that split it. One that is split nowhere is listed too, so that a typing error is found.
+RULES: dict[str, tuple[str, ...]] = {
+    # of parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    "norm": (),
+    # of activations
+    "batch": BATCH_AXES,
+    "length": ("context",),
+    "kv_length": (),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+    "act_experts": ("expert",),
+}
+
+Axes = tuple[str | None, ...]
+
+
+# ---------------------------------------------------------------------------------------------------- devices -> mesh
+def resolve(cfg: schema.Mesh, device_count: int) -> dict[str, int]:
+    """Sizes of AXES for so many devices, the -1 filled in.
+
+    Raises:
+      ConfigError: where the sizes cannot multiply to the number of devices.
+    """
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise schema.ConfigError(f"mesh.{axis} is {size}; it takes a size of at least 1, or -1 for what the others leave.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise schema.ConfigError(f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what the others leave.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    said = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "1"
+    if free:
+        if device_count % fixed:
+            raise schema.ConfigError(
+                f"mesh: {said} = {fixed} does not divide the {device_count} devices that are here, so mesh.{free[0]}=-1 "
+                f"has no size. Divisors of {device_count}: {_divisors(device_count)}."
+            )
+        sizes[free[0]] = device_count // fixed
+    elif fixed != device_count:
+        raise schema.ConfigError(
+            f"mesh: {said} = {fixed}, but {device_count} devices are here. Set one axis to -1 (mesh.data=-1) to take what the others leave."
+        )
+    return sizes
+
+
+def make(cfg: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a configuration, over all devices of all processes (or those given).
+
+    Neighbours on the inner axes are neighbours on the fast network. Where the devices form several slices, the data axis
+    spans them and every other axis stays within one.
+
+    Raises:
+      ConfigError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = resolve(cfg, len(devices))
+    shape = tuple(sizes.values())
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    networks = slices if cfg.dcn_data == 1 else cfg.dcn_data
+    if networks == 1:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return _auto(array)
+    if networks < 1 or (slices > 1 and networks != slices):
+        raise schema.ConfigError(f"mesh.dcn_data is {networks}, but the devices form {slices} slices; set it to {slices}.")
+    if sizes["data"] % networks:
+        raise schema.ConfigError(f"mesh.data is {sizes['data']}, which the {networks} slices of mesh.dcn_data do not divide.")
+    inner = (sizes["data"] // networks, *shape[1:])
+    outer = (networks, 1, 1, 1, 1)
+    if slices == networks:
+        array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    else:
+        # CPUs and GPUs know no slices: a slow network then joins equal runs of processes.
+        devices.sort(key=lambda d: (d.process_index, d.id))
+        array = np.array(devices).reshape(shape)
+    return _auto(array)
+
+
+def _auto(device_array: np.ndarray) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+# ------------------------------------------------------------------------------------------- logical axes -> sharding
+def spec(axes: Axes, mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes (None: an unnamed, unsplit dimension).
+
+    A mesh axis splits one dimension only: where two claim it, the first gets it. Mesh axes of size 1 are left out.
+    """
+    taken: set[str] = set()
+    parts: list[Any] = []
+    for name in axes:
+        if name is not None and name not in RULES:
+            near = difflib.get_close_matches(name, RULES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the rules of mesh.py know {', '.join(RULES)}."
+            raise ValueError(f"{name!r} is not a logical axis; {hint}")
+        split = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in taken) if name else ()
+        taken.update(split)
+        parts.append(split[0] if len(split) == 1 else split or None)
+    return PartitionSpec(*parts)
+
+
+def sharding(axes: Axes, mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    return NamedSharding(mesh, spec(axes, mesh))
+
+
+def shardings(axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The same tree with a sharding in place of every tuple of logical axes."""
+    return jax.tree.map(lambda axes: sharding(axes, mesh), axes_tree, is_leaf=_is_axes)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, axes: Axes, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Pins x's sharding inside jit, without changing its value. Without a mesh, or on one device, x itself."""
+    if len(axes) != x.ndim:
+        raise ValueError(f"an array of shape {x.shape} needs {x.ndim} logical axes, got {axes}")
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
+
+
+def check_shapes(shapes_tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> None:
+    """Refuses parameters that the mesh cannot split evenly.
+
+    Args:
+      shapes_tree: arrays or ShapeDtypeStructs.
+      axes_tree: the same tree of tuples of logical axes.
+
+    Raises:
+      ConfigError: naming the parameter, the dimension and its size, the mesh axis and its size.
+    """
+
+    def check(path, axes, leaf):
+        for name, size, split in zip(axes, leaf.shape, spec(axes, mesh), strict=True):
+            for axis in (split,) if isinstance(split, str) else split or ():
+                if size % mesh.shape[axis]:
+                    raise schema.ConfigError(
+                        f"mesh.{axis} is {mesh.shape[axis]}, which does not divide dimension {name!r} = {size} of parameter "
+                        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}. "
+                        f"mesh.{axis} could be one of {_divisors(math.gcd(size, mesh.size))}."
+                    )
+
+    jax.tree_util.tree_map_with_path(check, axes_tree, shapes_tree, is_leaf=_is_axes)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+
+# -------------------------------------------------------------------------------------------------------------- batch
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """How many ways the rows of a batch are split."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of the global batch a process feeds.
+
+    Processes that hold the same rows (the tensor or context axis spans them) have the same index, so a data pipeline that
+    is told these two numbers feeds them the same rows.
+    """
+    process = jax.process_index() if process is None else process
+    rows = batch_shards(mesh)
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((rows,))
+    owned: dict[int, set[int]] = {}
+    for device, (part,) in where.items():
+        owned.setdefault(device.process_index, set()).update(range(rows)[part])
+    parts = sorted({tuple(sorted(p)) for p in owned.values()})
+    if sum(map(len, parts)) != rows or len({len(p) for p in parts}) != 1:
+        raise schema.ConfigError(f"mesh {dict(mesh.shape)}: processes hold unequal or overlapping parts of the batch; use another order of sizes.")
+    return parts.index(tuple(sorted(owned[process]))), len(parts)
+
+
+def batch_axes(name: str, ndim: int) -> Axes:
+    """Logical axes of a batch's array, read from the shape in its name: B is `batch`, T is `length`, the rest unsplit."""
+    letters = name.rsplit("_", 1)[-1]
+    if not (letters.isalpha() and letters.isupper() and len(letters) == ndim):
+        raise ValueError(f"batch[{name!r}] has {ndim} dimensions; its name should end in _ and one capital letter for each")
+    return tuple({"B": "batch", "T": "length"}.get(letter) for letter in letters)
+
+
+def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
+    """This process's part of a batch (NumPy) -> the global batch, split over the mesh.
+
+    Every array's name ends in its shape (`tokens_BT`): B is split over data, fsdp and expert, T over context. Each process
+    passes its own rows (see `share`), of the full length T.
+
+    Raises:
+      ConfigError: where the rows or positions do not divide.
+    """
+    _, count = share(mesh)
+    out = {}
+    for name, x in batch.items():
+        x = np.asarray(x)
+        axes = batch_axes(name, x.ndim)
+        shape = tuple(n * count if axis == "batch" else n for axis, n in zip(axes, x.shape, strict=True))
+        for axis, n in zip(axes, shape, strict=True):
+            ways = {"batch": batch_shards(mesh), "length": mesh.shape["context"]}.get(axis or "", 1)
+            if n % ways:
+                what = {"batch": "batch_size: rows", "length": "data.row_length: positions"}[axis]
+                over = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in RULES[axis] if mesh.shape[a] > 1)
+                raise schema.ConfigError(f"{what} of {name} are {n}, which {over} = {ways} does not divide; take a multiple of {ways}.")
+        out[name] = jax.make_array_from_process_local_data(sharding(axes, mesh), x, shape)
+    return out
