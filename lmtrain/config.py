@@ -164,12 +164,14 @@ def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
 
 def build(c: ConfigDict) -> schema.Experiment:
-    """Turns a ConfigDict into the frozen dataclasses, checking names and types once more (for configs made in Python)."""
+    """Turns a ConfigDict into the frozen dataclasses, checking names and types once more (Python may have made it)."""
     e = _dataclass(schema.Experiment, c, "")
     stages: dict[str, Any] = {}
     for name, s in c.stages.items():
         if not isinstance(s, ConfigDict):
-            raise ConfigError(f"stages.{name} is {type(s).__name__}, but takes config.stage(...) or config.tokenizer(...).")
+            raise ConfigError(
+                f"stages.{name} is {type(s).__name__}, but takes config.stage(...) or config.tokenizer(...)."
+            )
         where = f"stages.{name}"
         if "kind" in s:
             stages[name] = _dataclass(schema.Tokenizer, s, where)
@@ -215,7 +217,8 @@ def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(f"{package}.{file.stem}")
         known.update({n: f for n, f in vars(module).items() if n in getattr(module, "__all__", ())})
     if name not in known:
-        raise ConfigError(f'{what}: {unknown(name, known, f'a known {what}')}, or "package.module:function".')
+        hint = unknown(name, known, f"a known {what}")
+        raise ConfigError(f'{what}: {hint}, or "package.module:function".')
     return known[name]
 
 
@@ -229,7 +232,7 @@ def loss_settings(objective: str) -> type | None:
 
 
 def unknown(name: str, known: Iterable[str], of: str) -> str:
-    """"lrate is not a field of optim. Did you mean lr? (fields: ...)"."""
+    """ "lrate is not a field of optim. Did you mean lr? (fields: ...)"."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 1, 0.5)
     guess = f" Did you mean {near[0]}?" if near else ""
@@ -362,7 +365,9 @@ def _check_stage(s: schema.Stage, where: str) -> None:
     if s.data.row_length < 2:
         raise ConfigError(f"{where}.data.row_length is {s.data.row_length}, but takes at least 2.")
     if not 0 < s.data.heldout_fraction < 1:
-        raise ConfigError(f"{where}.data.heldout_fraction is {s.data.heldout_fraction}, but takes a share between 0 and 1.")
+        raise ConfigError(
+            f"{where}.data.heldout_fraction is {s.data.heldout_fraction}, but takes a share between 0 and 1."
+        )
 
 
 def _join_values(argv: list[str]) -> list[str]:

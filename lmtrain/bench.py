@@ -1,0 +1,114 @@
+"""`lmtrain bench`: the speed of this machine on this code, as a share of a matmul ceiling taken in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmtrain import experiment, log, optim, schema, step
+from lmtrain import mesh as mesh_lib
+from lmtrain.models import presets, transformer
+from lmtrain.objectives import pretrain
+from lmtrain.types import LmtrainError
+
+#: preset -> rows, positions of a row, microbatches, rematerialisation
+BATCHES = {"S": (16, 256, 4, "none"), "M": (4, 512, 4, "none"), "1b": (16, 2048, 4, "dots")}
+WARMUP = 2
+
+
+def train(
+    preset: str = "S", rows: int = 0, row_length: int = 0, accumulate: int = 0, steps: int = 6,
+    attention: str = "auto", remat: str = "", optimizer: str = "adamw", cache: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Times whole training steps (forward, backward, optimizer) on random tokens, one document a row.
+
+    Prints a table and, last, one line of JSON; returns what the line holds. 0 and "" take the preset's own values.
+    """
+    if steps < 1:
+        raise LmtrainError(f"--steps is {steps}, but takes at least 1.")
+    if cache:
+        experiment.use_compilation_cache()
+    b, t, a, r = BATCHES.get(preset, (8, 1024, 1, "none"))
+    rows, row_length, accumulate = rows or b, row_length or t, accumulate or a
+    cfg = dataclasses.replace(presets.get(preset), attention=attention, remat=remat or r)
+    cfg = transformer.resolve(cfg, cfg.vocab_size)
+    mesh = mesh_lib.make(schema.Mesh())
+    if rows % (accumulate * mesh.size):
+        raise LmtrainError(
+            f"--rows {rows} does not divide into {accumulate} microbatches (--accumulate) on {mesh.size} devices."
+        )
+    forward, axes = transformer.Forward(cfg, mesh), transformer.axes(cfg)
+    tx, schedule = optim.make(schema.Optim(name=optimizer, lr=3e-4, weight_decay=0.1), 1000, axes)
+    new_state, shardings, _ = step.make_init(lambda key: transformer.init(cfg, key), axes, tx, mesh, seed=0)
+    update = step.make_update(
+        pretrain.pretrain, forward, tx, schedule, cfg=pretrain.Pretrain(), accumulate=accumulate, mesh=mesh,
+        shardings=shardings,
+    )  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, row_length + 1), dtype=np.int32)
+    batch = mesh_lib.put(
+        {
+            "tokens_BT": tokens[:, :-1],
+            "targets_BT": tokens[:, 1:],
+            "weights_BT": np.ones((rows, row_length), np.float32),
+        },
+        mesh,
+    )
+    state = new_state()
+    state, metrics = update(state, batch)
+    first_loss = float(metrics["loss"])
+    first_step = process_age()
+    for _ in range(WARMUP - 1):
+        state, metrics = update(state, batch)
+    float(metrics["loss"])
+    seconds = []
+    with log.Progress(steps, 0, name=f"bench {preset}") as progress:
+        for i in range(steps):
+            start = time.perf_counter()
+            state, metrics = update(state, batch)
+            loss = float(metrics["loss"])
+            seconds.append(time.perf_counter() - start)
+            progress.show(i + 1, {"loss": loss, "tokens_per_second": rows * row_length / seconds[-1]})
+    peak_mb = peak_memory_mb()  # before the ceiling's own matrices
+    ceiling = log.matmul_ceiling(cfg.dtype) * mesh.size
+    rate = rows * row_length / statistics.median(seconds)
+    flops = rate * transformer.flops_per_token(cfg, row_length)
+    result = {
+        "bench": "train", "preset": preset, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+        "devices": mesh.size, "dtype": cfg.dtype, "attention": forward.backend, "optimizer": optimizer,
+        "parameters": transformer.count(cfg)["total"], "rows": rows, "row_length": row_length, "accumulate": accumulate,
+        "tokens_per_second": round(rate), "tokens_per_second_best": round(rows * row_length / min(seconds)),
+        "gflops": round(flops / 1e9, 1), "ceiling_gflops": round(ceiling / 1e9, 1), "share": round(flops / ceiling, 3),
+        "mfu": round(flops / (log.peak_flops() * mesh.size), 3) if log.peak_flops() else None,
+        "first_step_s": round(first_step, 1), "peak_mb": peak_mb, "loss": [round(first_loss, 4), round(loss, 4)],
+    }  # fmt: skip
+    for name in ("parameters", "tokens_per_second", "gflops", "ceiling_gflops", "share", "first_step_s", "peak_mb"):
+        log.say(f"    {name:<20} {result[name]:>14,}")
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def process_age() -> float:
+    """Seconds since this process was started, imports and compilation included (Linux; elsewhere since import)."""
+    try:
+        with open("/proc/self/stat") as f:
+            ticks = int(f.read().rsplit(")", 1)[1].split()[19])
+        with open("/proc/uptime") as f:
+            return float(f.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.process_time()
+
+
+def peak_memory_mb() -> int:
+    """Most memory used so far: of the device where it says, else of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"] >> 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

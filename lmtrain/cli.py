@@ -1,0 +1,162 @@
+"""The `lmtrain` command: parses, then hands over."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import sys
+import typing
+
+from lmtrain import schema
+from lmtrain.types import LmtrainError
+
+STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C; the same command goes on
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0, 2 for a mistake of the user's, 75 when stopped and saved."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help()
+        return 0
+    if rest and not args.takes_overrides:
+        parser.error(f"unknown argument {rest[0]!r}")
+    try:
+        args.command(args, rest)
+    except LmtrainError as error:
+        from lmtrain import train
+
+        stopped = isinstance(error, train.Stopped)
+        print(f"lmtrain: {error}", file=sys.stderr)
+        return STOPPED if stopped else 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("lmtrain: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="lmtrain",
+        description="Train your own ChatGPT in JAX: raw text to a chat model, on a laptop, a TPU or many hosts.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", formatter_class=raw, allow_abbrev=False, help="run an experiment, or go on with it", description=RUN,
+        epilog=fields_help(),
+    )  # fmt: skip
+    run.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(arg)")
+    run.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, e.g. runs/quickstart")
+    run.set_defaults(command=_run, takes_overrides=True)
+
+    generate = commands.add_parser("generate", help="continue a text with a trained model")
+    generate.add_argument("dir", help="a run's folder, or that of one of its stages")
+    generate.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    generate.add_argument("--tokens", type=int, default=256, help="longest continuation (default 256)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default 0: all)")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    generate.add_argument("--samples", type=int, default=1, help="how many continuations")
+    generate.set_defaults(command=_generate, takes_overrides=False)
+
+    look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
+    look.add_argument("dir", help="a run's folder, or that of one of its stages")
+    look.set_defaults(command=_inspect, takes_overrides=False)
+
+    bench = commands.add_parser("bench", help="measure speed against a ceiling taken in the same run")
+    kinds = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    training = kinds.add_parser("train", help="tokens/s, FLOP/s and memory of a training step")
+    training.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
+    training.add_argument("--rows", type=int, default=0, help="rows of a batch (default: the preset's)")
+    training.add_argument("--row-length", type=int, default=0, help="positions of a row (default: the preset's)")
+    training.add_argument("--accumulate", type=int, default=0, help="microbatches of a step (default: the preset's)")
+    training.add_argument("--steps", type=int, default=6, help="timed steps, after two that are not (default 6)")
+    training.add_argument("--attention", default="auto", help="auto, reference, xla, cudnn or splash")
+    training.add_argument("--remat", default="", help="none, dots or full (default: the preset's)")
+    training.add_argument("--optim", default="adamw", help="optimizer (default adamw)")
+    training.add_argument("--no-cache", action="store_true", help="compile anew")
+    training.set_defaults(command=_bench_train, takes_overrides=False)
+    return parser
+
+
+RUN = """Runs the stages of an experiment in order. Run again, it goes on where it stopped, to the bit.
+SIGTERM and Ctrl-C save first (exit status 75). Any setting is changed by --config.PATH=VALUE:
+
+  lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
+  lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.path=books/
+  lmtrain run ... --config.mesh.fsdp=2 --config.mesh.tensor=2"""
+
+
+def fields_help() -> str:
+    """Every field with its default and meaning, read off schema.py."""
+    lines = ["settings (--config.PATH=VALUE):"]
+
+    def show(cls: type, path: str) -> None:
+        notes = {}
+        for line in inspect.getsource(cls).splitlines():
+            name, _, rest = line.strip().partition(":")
+            if "#" in rest:
+                notes[name] = rest.split("#", 1)[1].strip()
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[f.name]) and isinstance(hints[f.name], type):
+                show(hints[f.name], f"{path}{f.name}.")
+            elif f.name != "stages":
+                default = f.default if f.default is not dataclasses.MISSING else "{}"
+                lines.append(f"  {path}{f.name}={default!r:<10}  {notes.get(f.name, '')}".rstrip())
+
+    show(schema.Experiment, "")
+    lines.append("  a training stage:")
+    show(schema.Stage, "stages.NAME.")
+    lines.append("  a tokenizer stage:")
+    show(schema.Tokenizer, "stages.tokenizer.")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import experiment
+
+    done = experiment.run(args.config, args.workdir, rest)
+    print(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import experiment
+
+    run = experiment.load(args.dir)
+    for i in range(args.samples):
+        print(args.prompt, end="", flush=True)
+        pieces = run.stream(
+            args.prompt, args.tokens, args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed + i
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n")
+    print(f"lmtrain generate: {args.samples} from {run.folder / run.stage}, step {run.step}", file=sys.stderr)
+
+
+def _inspect(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import report
+
+    print(report.inspect(args.dir))
+
+
+def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import bench
+
+    bench.train(
+        args.preset, rows=args.rows, row_length=args.row_length, accumulate=args.accumulate, steps=args.steps,
+        attention=args.attention, remat=args.remat, optimizer=args.optim, cache=not args.no_cache,
+    )  # fmt: skip

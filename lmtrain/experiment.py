@@ -1,0 +1,406 @@
+"""An experiment is an ordered set of stages; this runs them, each from the one before, and keeps the run's folder.
+
+runs/NAME/tokenizer/          tokenizer.json
+runs/NAME/data/               tokenised shards
+runs/NAME/STAGE/              config.json  metrics.jsonl  tensorboard/  checkpoints/STEP/  samples.jsonl
+runs/NAME/summary.json        scores before and after each stage
+runs/NAME/report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lmtrain import checkpoint, config, engine, log, schema, train
+from lmtrain import mesh as mesh_lib
+from lmtrain.data import pipeline, sources
+from lmtrain.data import tokenizer as tokenizer_lib
+from lmtrain.eval import heldout as heldout_lib
+from lmtrain.models import transformer
+from lmtrain.types import LmtrainError, Params
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation."""
+
+    folder: pathlib.Path
+    stage: str
+    config: dict[str, Any]  # the stage's settings, as config.json holds them
+    model: schema.Model
+    tokenizer: tokenizer_lib.Tokenizer
+    params: Params
+    step: int
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return log.read_metrics(self.folder / self.stage)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds: for every stage its scores before and after."""
+        return read_summary(self.folder)
+
+    def generate(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> str:
+        """Continues a text and returns the continuation. `sampling`: top_k, top_p, seed (engine.Sampling)."""
+        return "".join(self.stream(prompt, tokens, temperature, **sampling))
+
+    def stream(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> Iterator[str]:
+        """The same, piece by piece. Bytes of an unfinished character wait for the rest of it."""
+        end = self.tokenizer.special("<|endoftext|>")
+        how = engine.Sampling(max_tokens=tokens, temperature=temperature, stop=(end,), **sampling)
+        waiting: list[int] = []
+        for tokens_B, _, live_B in engine.stream(self.model, self.params, [[end, *self.tokenizer.encode(prompt)]], how):
+            if live_B[0]:
+                waiting.append(int(tokens_B[0]))
+                text = self.tokenizer.decode(waiting)
+                if not text.endswith("\ufffd") or len(waiting) > 4:
+                    waiting.clear()
+                    yield text
+        if waiting:
+            yield self.tokenizer.decode(waiting)
+
+
+def run(experiment: str | ConfigDict | schema.Experiment, workdir: str | os.PathLike[str], overrides: Any = ()) -> Run:
+    """Runs an experiment's stages in order, each going on where it stopped, and returns the run.
+
+    Args:
+      experiment: "FILE[:arg]", the ConfigDict that such a file makes, or a schema.Experiment.
+      workdir: the run's folder; made where it is missing.
+      overrides: further settings, as on the command line: ["--config.stages.pretrain.steps=10"].
+
+    Raises:
+      LmtrainError: a setting or an input that cannot be, in one message; train.Stopped after SIGTERM or Ctrl-C.
+    """
+    if isinstance(experiment, str):
+        experiment = config.load(experiment, overrides)
+    elif overrides:
+        if not isinstance(experiment, ConfigDict):
+            raise LmtrainError(
+                "overrides go with a file or a ConfigDict; change a schema.Experiment by dataclasses.replace."
+            )
+        experiment = config.override(experiment, overrides)
+    e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
+    folder = pathlib.Path(workdir)
+    use_compilation_cache()
+    mesh = mesh_lib.make(e.mesh)
+    preflight(e, mesh)
+    with owned(folder):
+        tok: tokenizer_lib.Tokenizer | None = None
+        before: str = ""
+        done: Run | None = None
+        first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
+        for name, stage in e.stages.items():
+            if isinstance(stage, schema.Tokenizer):
+                tok = tokenizer_stage(stage, first.data, folder / "tokenizer")
+            else:
+                tok = tok or tokenizer_stage(schema.Tokenizer(), first.data, folder / "tokenizer")
+                done = training_stage(e, name, stage, before, tok, folder, mesh)
+                before = name
+        assert done is not None  # config.build refuses an experiment without a training stage
+    return done
+
+
+def load(folder: str | os.PathLike[str]) -> Run:
+    """Opens a run (its last stage with a checkpoint) or one stage's folder, for generation and inspection."""
+    path = pathlib.Path(folder)
+    stage_folder = find_stage(path)
+    stored = json.loads((stage_folder / "config.json").read_text())
+    steps = checkpoint.steps(stage_folder / "checkpoints")
+    if not steps:
+        raise LmtrainError(f"{stage_folder}: no checkpoint yet. `lmtrain run` makes one.")
+    return Run(
+        folder=stage_folder.parent,
+        stage=stage_folder.name,
+        config=stored,
+        model=stored_model(stored),
+        tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
+        params=checkpoint.load_params(stage_folder / "checkpoints", steps[-1]),
+        step=steps[-1],
+    )
+
+
+def find_stage(path: pathlib.Path) -> pathlib.Path:
+    """The stage folder that `path` names: itself, or the run's last stage that has a checkpoint."""
+    if not path.exists():
+        raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
+    if (path / "checkpoints").is_dir():
+        return path
+    stages = [p.parent for p in path.glob("*/checkpoints")]
+    if not stages:
+        raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
+    return max(stages, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+
+
+def nearest_run(path: pathlib.Path) -> str:
+    """A sentence that names runs beside `path`, for messages."""
+    found = sorted(
+        {str(p.parent.parent) for p in [*path.parent.glob("*/*/checkpoints"), *path.glob("*/*/checkpoints")]}
+    )
+    return f"Runs here: {', '.join(found[:5])}" if found else ""
+
+
+# ------------------------------------------------------------------------------------------- the stages
+
+
+def preflight(e: schema.Experiment, mesh: Mesh) -> None:
+    """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open."""
+    from lmtrain import optim
+
+    for name, stage in e.stages.items():
+        try:
+            if isinstance(stage, schema.Stage):
+                model = transformer.resolve(stage.model, stage.model.vocab_size or 1024)
+                shapes, axes = transformer.shapes(model), transformer.axes(model)
+                if stage.model.vocab_size:
+                    mesh_lib.check_shapes(shapes, axes, mesh)
+                optim.make(stage.optim, stage.steps, axes)
+                pipeline.check_batch(stage.batch_size, stage.accumulate, stage.data.row_length, mesh)
+                sources.check(stage.data)
+            elif stage.data is not None:
+                sources.check(stage.data)
+        except LmtrainError as error:
+            raise type(error)(f"stages.{name}: {error}") from None
+
+
+def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
+    """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
+    asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
+    note = folder / "config.json"
+    if note.exists():
+        made = json.loads(note.read_text())
+        if made != asked:
+            raise LmtrainError(
+                f"{folder}: was made with {made}, the configuration asks for {asked}. Start another --workdir."
+            )
+        return tokenizer_lib.load(folder)
+    if jax.process_index() == 0:
+        data = cfg.data or default
+        if cfg.kind == "bytes":
+            tok = tokenizer_lib.bytes_tokenizer()
+        elif cfg.kind == "file":
+            tok = tokenizer_lib.load(pathlib.Path(cfg.path))
+        elif cfg.kind == "bpe":
+            log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {sources.describe(data)}")
+            tok = tokenizer_lib.train(tokenizer_lib.sample(sources.read(data), cfg.train_bytes), cfg.vocab_size)
+        else:
+            raise schema.ConfigError(
+                f"tokenizer.kind: {config.unknown(cfg.kind, ('bpe', 'bytes', 'file'), 'a kind of tokenizer')}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        tok.save(folder)
+        write_json(note, asked)
+        log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
+    mesh_lib.barrier("tokenizer")
+    return tokenizer_lib.load(folder)
+
+
+def training_stage(
+    e: schema.Experiment, name: str, cfg: schema.Stage, before: str, tok: tokenizer_lib.Tokenizer,
+    folder: pathlib.Path, mesh: Mesh,
+) -> Run:  # fmt: skip
+    """Runs, resumes or skips one training stage."""
+    here = folder / name
+    model = transformer.resolve(cfg.model, tok.vocab_size)
+    if model.vocab_size < tok.vocab_size:
+        raise schema.ConfigError(
+            f"stages.{name}.model.vocab_size is {model.vocab_size}, but the tokenizer has {tok.vocab_size} tokens."
+        )
+    mesh_lib.check_shapes(transformer.shapes(model), transformer.axes(model), mesh)
+    settings = config.to_json(dataclasses.replace(e, stages={name: cfg}))
+    settings |= {"model": dataclasses.asdict(model), "tokenizer_sha256": tok.fingerprint}
+    check_same(here, name, settings)
+    if finished(here, cfg):
+        log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
+        return load(here)
+
+    cache = pathlib.Path(cfg.data.cache) if cfg.data.cache else folder / "data"
+    source, heldout = pipeline.build(
+        cfg.data, tok, batch_size=cfg.batch_size, seed=e.seed, folder=cache, name=f"stages.{name}.data"
+    )
+    if jax.process_index() == 0:
+        here.mkdir(parents=True, exist_ok=True)
+        write_json(here / "config.json", settings)
+    counted = transformer.count(model)
+    log.say(
+        f"{here}: {counted['total']:,} parameters, {source.describe()}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+
+    end = tok.special("<|endoftext|>")
+
+    def sample(params: Params) -> list[str]:
+        prompts = [[end, *tok.encode(cfg.prompts[i % len(cfg.prompts)])] for i in range(cfg.samples)]
+        how = engine.Sampling(max_tokens=cfg.sample_tokens, temperature=0.8, stop=(end,), seed=e.seed)
+        return [
+            tok.decode([*p[1:], *c.tokens])
+            for p, c in zip(prompts, engine.generate(model, params, prompts, how, mesh), strict=True)
+        ]
+
+    parts = train.Parts(
+        cfg=cfg,
+        model=model,
+        source=source,
+        loss=config.resolve(cfg.objective, "lmtrain.objectives", "objective"),
+        heldout=heldout.batches,
+        heldout_bytes=heldout.bytes,
+        initial=initial_params(cfg, model, folder, before, mesh),
+        sample=sample if cfg.samples else None,
+        meta={"config": settings, "tokenizer": tok.to_json()},
+    )
+    state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
+    done = Run(folder, name, settings, model, tok, state.params, cfg.steps)
+    if jax.process_index() == 0:
+        summarise(done, heldout.bytes_text())
+    return done
+
+
+def initial_params(cfg: schema.Stage, model: schema.Model, folder: pathlib.Path, before: str, mesh: Mesh) -> Any:
+    """A function that loads the parameters a stage starts from, sharded over the mesh; None where it starts afresh."""
+    if not cfg.init_from and not before:
+        return None
+    stage_folder = find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
+    stored = json.loads((stage_folder / "config.json").read_text())
+    compare_models(stored["model"], dataclasses.asdict(model), f"init_from {stage_folder}", "model")
+    shardings = mesh_lib.shardings(transformer.axes(model), mesh)
+    return lambda: checkpoint.load_params(stage_folder / "checkpoints", shardings=shardings)
+
+
+def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
+    """True where the stage has its last checkpoint and its summary."""
+    steps = checkpoint.steps(here / "checkpoints")
+    return bool(steps) and steps[-1] >= cfg.steps and here.name in read_summary(here.parent)
+
+
+def summarise(done: Run, heldout_text: bytes) -> None:
+    """Writes summary.json and report.html, and prints what the stage reached."""
+    scored = [m for m in done.metrics if "heldout_loss" in m]
+    entry: dict[str, Any] = {"steps": done.step, "parameters": transformer.count(done.model)["total"]}
+    for score in ("heldout_loss", "heldout_bits_per_byte"):
+        if scored:
+            entry[score] = {"before": scored[0][score], "after": scored[-1][score]}
+    if scored and heldout_text:
+        entry["compressors"] = heldout_lib.compressors(heldout_text)
+        bits = entry["heldout_bits_per_byte"]
+        rows = {"before training": bits["before"], **entry["compressors"], "after training": bits["after"]}
+        log.say(f"held-out text ({len(heldout_text):,} bytes), bits per byte:")
+        for what, value in rows.items():
+            log.say(f"    {what:<16} {value:6.3f}")
+    write_json(done.folder / "summary.json", {**read_summary(done.folder), done.stage: entry})
+    samples = done.folder / done.stage / "samples.jsonl"
+    if samples.exists():
+        texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        log.say("a sample:")
+        log.say("\n".join(f"    | {line}" for line in texts[-1]["text"].splitlines()))
+
+
+# ------------------------------------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
+    if folder.exists() and not folder.is_dir():
+        raise LmtrainError(f"--workdir {folder} is a file, but takes a folder.")
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise LmtrainError(f"--workdir {folder}: cannot write there ({error.strerror}).") from None
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if jax.process_count() > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            raise LmtrainError(
+                f"{folder}: another process is running there. Wait for it, or take another --workdir."
+            ) from None
+        try:
+            yield
+        except LmtrainError:
+            if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
+    """Refuses to go on with another model or tokenizer than the stage's checkpoints have; names other changes."""
+    if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
+        return
+    stored = json.loads((here / "config.json").read_text())
+    compare_models(stored["model"], settings["model"], str(here), f"stages.{name}.model")
+    if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
+        raise LmtrainError(
+            f"{here}: the checkpoint was trained with tokenizer {stored['tokenizer_sha256'][:12]}, but "
+            f"{here.parent}/tokenizer is {settings['tokenizer_sha256'][:12]}. Put the first one back, or start another --workdir."
+        )
+    old, new = flatten(stored), flatten(settings)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith("model."):
+            log.say(f"{here}: {key} was {old.get(key)}, is now {new.get(key)}")
+
+
+def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, field: str) -> None:
+    """Raises with both values and the fix where two models differ in a shape; how they are computed may differ."""
+    free = {"attention", "remat", "unroll", "loss_chunk", "dtype", "router_balance", "router_z"}
+    for key in stored.keys() | asked.keys():
+        if key not in free and stored.get(key) != asked.get(key):
+            raise LmtrainError(
+                f"{where}: the checkpoint has {key}={stored.get(key)}, the configuration {asked.get(key)}. "
+                f"Start another --workdir, or --config.{field}.{key}={stored.get(key)}."
+            )
+
+
+def stored_model(stored: dict[str, Any]) -> schema.Model:
+    """The schema.Model in a stage's config.json."""
+    fields = dict(stored["model"])
+    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**fields["rope_scaling"])})
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+    """summary.json of a run, or {}."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(file)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in ~/.cache/lmtrain, apart for each kind of CPU; JAX_COMPILATION_CACHE_DIR moves it."""
+    if not jax.config.jax_compilation_cache_dir:
+        cpu = pathlib.Path("/proc/cpuinfo")
+        flags = next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""
+        kind = hashlib.sha256(flags.encode()).hexdigest()[:8]
+        jax.config.update(
+            "jax_compilation_cache_dir", str(pathlib.Path("~/.cache/lmtrain").expanduser() / f"xla-{kind}")
+        )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,242 @@
+"""THE loop: one function trains every stage, whatever its objective and source. It reads top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from lmtrain import checkpoint, log, optim, schema, step
+from lmtrain import mesh as mesh_lib
+from lmtrain.eval import heldout as heldout_lib
+from lmtrain.models import transformer
+from lmtrain.types import Batch, LmtrainError, Params, TrainState
+
+
+class Source(Protocol):
+    """What feeds the loop (contract 4): pretraining ignores `params`, reinforcement learning rolls out with them."""
+
+    def next(self, params: Params | None = None) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+    def skip(self, n: int) -> None: ...
+
+
+class Stopped(LmtrainError):
+    """SIGTERM or Ctrl-C: the run is saved; the same command goes on."""
+
+
+@dataclasses.dataclass
+class Parts:
+    """What one stage is made of, assembled by experiment.py."""
+
+    cfg: schema.Stage
+    model: schema.Model  # resolved
+    source: Source
+    loss: Callable[..., Any]
+    heldout: Sequence[Batch] = ()
+    heldout_bytes: int = 0
+    initial: Callable[[], Params] | None = None  # parameters to start from; None: fresh ones
+    sample: Callable[[Params], list[str]] | None = None  # texts for samples.jsonl
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in every checkpoint: configuration, tokenizer
+
+
+SPIKE_WINDOW = 64  # losses whose median a spike is measured against
+
+
+def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard: bool = True) -> TrainState:
+    """Runs one stage to its last step and returns its state.
+
+    Interrupted at any point, the same call goes on where it stopped, to the bit.
+
+    Raises:
+      Stopped: on SIGTERM or Ctrl-C, once the state is saved.
+      LmtrainError: a loss that stays non-finite, a damaged run, a full disk.
+    """
+    cfg, source = parts.cfg, parts.source
+    # ---------------------------------------------------------------- build
+    forward = transformer.Forward(parts.model, mesh)
+    axes = transformer.axes(parts.model)
+    tx, schedule = optim.make(cfg.optim, cfg.steps, axes)
+    mesh_lib.check_shapes(transformer.shapes(parts.model), axes, mesh)
+    new_state, shardings, abstract = step.make_init(
+        lambda key: transformer.init(parts.model, key), axes, tx, mesh, seed=seed
+    )
+    update = step.make_update(
+        parts.loss, forward, tx, schedule, cfg=cfg.loss, accumulate=cfg.accumulate, mesh=mesh, shardings=shardings
+    )
+    evaluate = step.make_evaluate(parts.loss, forward, cfg=cfg.loss, mesh=mesh)
+    heldout = [mesh_lib.put(b, mesh) for b in parts.heldout]
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best)
+    writer = log.Writer(folder, tensorboard=tensorboard)
+
+    # ---------------------------------------------------------------- restore
+    def fresh() -> TrainState:
+        state = new_state()
+        return state if parts.initial is None else state.replace(params=parts.initial())
+
+    first_position = source.state()
+    losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+    rollbacks = 0
+
+    def restore() -> tuple[TrainState, int]:
+        nonlocal rollbacks
+        found = checkpoints.restore_newest(abstract)
+        losses.clear()
+        if found is None:
+            source.restore(first_position)
+            return fresh(), 0
+        state, meta, at = found
+        source.restore(meta["source"])
+        losses.extend(meta["loop"]["losses"])
+        rollbacks = max(rollbacks, meta["loop"]["rollbacks"])
+        return state, at
+
+    state, at = restore()
+    writer.truncate(at)
+    if at:
+        log.say(f"{folder}: going on from step {at} of {cfg.steps}")
+
+    # ---------------------------------------------------------------- what the loop says and keeps
+    per_step = cfg.batch_size * cfg.data.row_length
+    meter = log.Meter(per_step, transformer.flops_per_token(parts.model, cfg.data.row_length), log.peak_flops())
+
+    def row(now: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        speed, mfu = meter.rates()
+        return {"step": now, "tokens": now * per_step, **metrics, "tokens_per_second": speed, "mfu": mfu}
+
+    def evaluation(now: int, params: Params) -> dict[str, float]:
+        with meter.paused():
+            if parts.sample is not None:
+                write_samples(folder / "samples.jsonl", now, parts.sample(params))
+            return heldout_lib.score(evaluate, params, heldout, parts.heldout_bytes) if heldout else {}
+
+    # ---------------------------------------------------------------- step 0: where it starts from
+    scores: dict[str, float] = {}
+    if at == 0:
+        first = evaluate(state.params, mesh_lib.put(source.next(state.params), mesh))["loss"]
+        source.restore(first_position)
+        scores = evaluation(0, state.params)
+        writer.write(0, {**row(0, {"loss": float(first[0]) / float(first[1])}), **scores})
+
+    # ---------------------------------------------------------------- steps
+    pending: collections.deque[tuple[int, Any]] = collections.deque()  # metrics still on the device
+    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop:
+        progress.show(at, scores)
+        meter.restart()
+        while at < cfg.steps:
+            batch = mesh_lib.put(source.next(state.params), mesh)
+            state, metrics = update(state, batch)  # dispatched, not awaited
+            at += 1
+            pending.append((at, metrics))
+            evaluating = at == cfg.steps or due(at, cfg.eval_every)
+            saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stop.asked)
+            # -------------------------------------------------------- log the step before, while this one runs
+            wrong = ""
+            while pending and not wrong and (len(pending) > 1 or evaluating or saving):
+                done, on_device = pending.popleft()
+                metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
+                meter.step()
+                wrong = unsound(metrics, losses, cfg.spike)
+                if not wrong:
+                    losses.append(metrics["loss"])
+                    if due(done, cfg.log_every) and not (evaluating and done == at):
+                        writer.write(done, row(done, metrics))
+                    progress.show(done, row(done, metrics))
+            # -------------------------------------------------------- roll back, past the batches that did it
+            if wrong:
+                rollbacks += 1
+                if rollbacks > cfg.max_rollbacks:
+                    checkpoints.close()
+                    raise LmtrainError(
+                        f"{folder}: {wrong} at step {done}, after {cfg.max_rollbacks} rollbacks. The last sound "
+                        "checkpoint is kept. A lower optim.lr, a longer optim.warmup or a smaller optim.clip may help; "
+                        "max_rollbacks allows more."
+                    )
+                state, at = restore()
+                source.skip(done - at)
+                pending.clear()
+                writer.truncate(at)
+                log.say(
+                    f"{folder}: {wrong} at step {done}: back to step {at}, skipping the {done - at} batches since "
+                    f"(rollback {rollbacks} of {cfg.max_rollbacks})"
+                )
+                continue
+            # -------------------------------------------------------- evaluate
+            scores = {}
+            if evaluating:
+                scores = evaluation(at, state.params)
+                writer.write(at, {**row(at, metrics), **scores})
+                progress.show(at, {**row(at, metrics), **scores})
+            # -------------------------------------------------------- save
+            if saving:
+                loop = {"losses": list(losses), "rollbacks": rollbacks}
+                with meter.paused():
+                    checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores)
+            if stop.asked and at < cfg.steps:
+                checkpoints.close()
+                writer.close()
+                raise Stopped(f"{folder}: stopped by {stop.asked} at step {at} and saved; the same command goes on.")
+    checkpoints.close()
+    writer.close()
+    return state
+
+
+def due(now: int, every: int) -> bool:
+    """True at every multiple of `every`, never for 0."""
+    return every > 0 and now % every == 0
+
+
+def unsound(metrics: dict[str, float], losses: Sequence[float], spike: float) -> str:
+    """Why this step's numbers call for a rollback, or ""."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            return f"{name} is {metrics[name]}"
+    if spike and len(losses) >= SPIKE_WINDOW // 4:
+        usual = statistics.median(losses)
+        if metrics["loss"] > usual + spike:
+            return f"loss {metrics['loss']:.3f} is more than {spike} above its median of {usual:.3f}"
+    return ""
+
+
+def write_samples(file: pathlib.Path, now: int, texts: list[str]) -> None:
+    """Appends one JSON object for every text."""
+    if jax.process_index() == 0:
+        with file.open("a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": now, "text": t}, ensure_ascii=False) + "\n" for t in texts)
+
+
+class _Stop:
+    asked = ""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[_Stop]:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two steps; a second Ctrl-C ends at once."""
+    stop, before = _Stop(), {}
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = signal.Signals(number).name
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
+    except ValueError:
+        pass  # not the main thread (a notebook's worker): whoever owns the signals stops the run
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
