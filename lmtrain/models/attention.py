@@ -1,0 +1,292 @@
+"""Attention, one function a backend, all of one meaning: causal, within a document, within a window.
+
+    B rows, T query positions, S key positions, N query heads, K key heads, G = N // K queries for each, H size of a head
+
+| backend   | where                | segments | window | soft cap                         |
+| reference | anywhere             | yes      | yes    | yes                              |
+| xla       | anywhere             | yes      | yes    | yes                              |
+| splash    | TPU (CPU: interpreted) | yes    | yes    | yes                              |
+| cudnn     | NVIDIA GPU, 16 bits  | yes      | yes    | refused                          |
+
+Query t sees key s where s <= t, both carry the same segment number, and t - s < window (0: no window). A backend that
+cannot honour a request raises ConfigError and names itself; none ignores it.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmtrain import schema
+from lmtrain.mesh import constrain, spec
+from lmtrain.models.layers import Norm, rope
+from lmtrain.models.params import normal, param, zeros
+
+BACKENDS = ("reference", "xla", "cudnn", "splash")
+HIDDEN = -1e30  # the score of a key that a query may not see: exp(HIDDEN - any score) is exactly 0
+
+
+# ------------------------------------------------------------------------------------------------------ choose, attend
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """cpu, gpu or tpu: the mesh's devices (which may be described, not present), else JAX's default."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def choose(backend: str, platform: str, *, length: int = 128, head_dim: int = 64, softcap: float = 0.0,
+           dtype=jnp.bfloat16, mesh: jax.sharding.Mesh | None = None) -> str:  # fmt: skip
+    """The backend to use: the one asked for, or for "auto" the fastest of the platform that can do what is asked.
+
+    Raises:
+      ConfigError: for a name that is none of BACKENDS.
+    """
+    if backend == "auto":
+        if platform == "tpu" and not splash_refuses(length, mesh):
+            return "splash"
+        if platform == "gpu" and not cudnn_refuses(platform, softcap, dtype, head_dim, mesh):
+            return "cudnn"
+        return "xla"
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(backend, (*BACKENDS, "auto"), 1)
+        raise schema.ConfigError(
+            f"model.attention is {backend!r}; it takes auto, {', '.join(BACKENDS)}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    return backend
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
+           index_BT: jax.Array | None = None, window: int = 0, softcap: float = 0.0, scale: float = 0.0,
+           backend: str = "auto", mesh: jax.sharding.Mesh | None = None) -> jax.Array:  # fmt: skip
+    """Attention output [B, T, N, H] in q's dtype.
+
+    Args:
+      segments_BT: int32 document of every position; None: a row is one document.
+      index_BT: int32 position of each query among the keys, where they are not the same positions (a cache of earlier
+        keys); the whole mask is then s <= index and the window. Only reference and xla take it.
+      window: keys a query sees, its own included; 0: all.
+      softcap: scores become softcap * tanh(score / softcap); 0: left alone.
+      scale: of the scores; 0: H ** -0.5.
+      backend: a name of BACKENDS, or auto.
+
+    Raises:
+      ConfigError: where the backend cannot do what is asked.
+    """
+    B, T, N, H = q_BTNH.shape
+    where = platform(mesh)
+    if index_BT is not None:
+        backend = "reference" if backend == "reference" else "xla"
+    backend = choose(backend, where, length=T, head_dim=H, softcap=softcap, dtype=q_BTNH.dtype, mesh=mesh)
+    scale = scale or H**-0.5
+    if backend == "reference":
+        return reference(q_BTNH, k_BSKH, v_BSKH, visible(T, k_BSKH.shape[1], segments_BT, index_BT, window), softcap, scale)
+    if backend == "xla":
+        return xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window, softcap, scale, mesh)
+    if backend == "splash":
+        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
+    return cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
+
+
+def visible(T: int, S: int, segments_BT: jax.Array | None, index_BT: jax.Array | None, window: int) -> jax.Array:
+    """The mask [B or 1, T, S]: True where a query sees a key."""
+    t_BT1 = (jnp.arange(T)[None] if index_BT is None else index_BT)[:, :, None]
+    s_S = jnp.arange(S)
+    mask_BTS = s_S <= t_BT1
+    if window:
+        mask_BTS &= s_S > t_BT1 - window
+    if segments_BT is not None and index_BT is None:
+        mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
+    return mask_BTS
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap: float, scale: float) -> jax.Array:
+    """Softmax attention in float32, the truth that every kernel is tested against. Rows of mask without a True give 0."""
+    G = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x.astype(jnp.float32), G, axis=2) for x in (k_BSKH, v_BSKH))
+    score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH.astype(jnp.float32), k_BSNH, precision="highest") * scale
+    if softcap:
+        score_BNTS = softcap * jnp.tanh(score_BNTS / softcap)
+    mask_B1TS = mask_BTS[:, None]
+    score_BNTS = jnp.where(mask_B1TS, score_BNTS, -jnp.inf)
+    top_BNT1 = jnp.max(score_BNTS, axis=-1, keepdims=True, initial=HIDDEN)
+    weight_BNTS = jnp.exp(score_BNTS - jax.lax.stop_gradient(top_BNT1))
+    total_BNT1 = weight_BNTS.sum(axis=-1, keepdims=True)
+    weight_BNTS = weight_BNTS / jnp.where(total_BNT1 == 0, 1, total_BNT1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS, v_BSNH, precision="highest").astype(q_BTNH.dtype)
+
+
+def xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
+    """Attention in plain XLA, in blocks of queries: a block looks only at keys that some query of it may see.
+
+    So a causal row costs about half of its square, and a window only its band. Scores and softmax in float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    # One layout for both products, with the G queries of a key head side by side: batched matrix products.
+    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    mask_BTS = visible(T, S, segments_BT, index_BT, window)
+
+    def block(q_BKGtH, k_BKsH, v_BKsH, mask_Bts):
+        score = jnp.einsum("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH, preferred_element_type=jnp.float32)
+        if softcap:
+            score = softcap * jnp.tanh(score / softcap)
+        weight = jax.nn.softmax(jnp.where(mask_Bts[:, None, None], score, HIDDEN), axis=-1).astype(v_BKsH.dtype)
+        return jnp.einsum("BKGts,BKsH->BKGtH", weight, v_BKsH)
+
+    size = _query_block(T, index_BT is not None or (mesh is not None and mesh.shape["context"] > 1))
+    if T // size > 16:
+        block = jax.checkpoint(block)  # long rows: never keep all T x S weights for the backward pass
+    out = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = max(0, start - window + 1) if window and size < T else 0
+        last = end if size < T else S
+        keys = slice(first, last)
+        out.append(block(q_BKGTH[:, :, :, start:end], k_BKSH[:, :, keys], v_BKSH[:, :, keys],
+                         mask_BTS[:, start:end, keys]))  # fmt: skip
+    out_BKGTH = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _query_block(T: int, whole: bool) -> int:
+    """Queries of one block of `xla`: the row where slicing it is no gain, else 128, or a 32nd of a very long row."""
+    return T if whole or T <= 128 else max(128, -(-T // 32))
+
+
+def splash_refuses(length: int, mesh: jax.sharding.Mesh | None) -> str:
+    """Why splash cannot run rows of this length; "" where it can."""
+    ways = 1 if mesh is None else mesh.shape["context"]
+    return "" if length % (128 * ways) == 0 else f"rows in multiples of {128 * ways} (128 for each mesh.context), got {length}"
+
+
+def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
+    """TPU's Splash attention (jax.experimental.pallas), local to each device: only blocks the mask leaves are visited.
+
+    The context axis splits the queries; keys and values are gathered. Off a TPU the kernel is interpreted: slow, and
+    meant for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    B, T, N, H = q_BTNH.shape
+    if why := splash_refuses(T, mesh):
+        raise schema.ConfigError(f"model.attention='splash' takes {why}; use 'xla', or another data.row_length.")
+    ways = 1 if mesh is None else mesh.shape["context"]
+    heads = N if mesh is None else N // mesh.shape["tensor"]
+    mask = kernels.LocalMask((T, T), (window - 1, 0), 0) if window else kernels.CausalMask((T, T))
+    size = next(s for s in (512, 256, 128) if (T // ways) % s == 0)
+    blocks = kernels.BlockSizes(
+        block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
+        block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size)  # fmt: skip
+    kernel = kernels.make_splash_mha(
+        kernels.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=ways,
+        attn_logits_soft_cap=softcap or None, interpret=platform(mesh) != "tpu")  # fmt: skip
+    if segments_BT is None:
+        segments_BT = jnp.ones((B, T), jnp.int32)
+
+    def local(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
+        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, kernels.SegmentIds(segments_BT, segments_BS))
+        return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
+
+    args = (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
+    if mesh is None or mesh.size == 1:
+        return local(kernel, *args)
+    q_spec = spec(("batch", "length", "act_heads", "head_dim"), mesh)
+    kv_spec = spec(("batch", "kv_length", "act_kv_heads", "head_dim"), mesh)
+    kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec((None, "length"), mesh)))
+    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, spec(("batch", "length"), mesh), spec(("batch", "kv_length"), mesh))
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)(kernel, *args)
+
+
+def cudnn_refuses(platform: str, softcap: float, dtype, head_dim: int, mesh: jax.sharding.Mesh | None) -> str:
+    """Why cuDNN's fused attention cannot do this; "" where it can."""
+    if platform != "gpu":
+        return f"an NVIDIA GPU, this is a {platform}"
+    if softcap:
+        return f"no model.attn_softcap, got {softcap}"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"model.dtype bfloat16 or float16, got {jnp.dtype(dtype).name}"
+    if head_dim % 8 or head_dim > 128:
+        return f"model.head_dim in multiples of 8 up to 128, got {head_dim}"
+    if mesh is not None and mesh.shape["context"] > 1:
+        return f"mesh.context=1, got {mesh.shape['context']}"
+    return ""
+
+
+def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
+    """cuDNN's fused attention, local to each device. Segments go in as an explicit mask beside the causal one."""
+    if why := cudnn_refuses(platform(mesh), softcap, q_BTNH.dtype, q_BTNH.shape[3], mesh):
+        raise schema.ConfigError(f"model.attention='cudnn' takes {why}; use 'auto' or 'xla'.")
+
+    def local(q_BTNH, k_BSKH, v_BSKH, *segments):
+        mask_B1TS = (segments[0][:, None, :, None] == segments[0][:, None, None, :]) if segments else None
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=True, scale=scale, implementation="cudnn",
+            local_window_size=(window - 1, 0) if window else None)  # fmt: skip
+
+    args = (q_BTNH, k_BSKH, v_BSKH) + (() if segments_BT is None else (segments_BT,))
+    if mesh is None or mesh.size == 1:
+        return local(*args)
+    heads = spec(("batch", None, "act_heads", None), mesh)
+    kv_heads = spec(("batch", None, "act_kv_heads", None), mesh)
+    in_specs = (heads, kv_heads, kv_heads) + (() if segments_BT is None else (spec(("batch", None), mesh),))
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+class Attention(nnx.Module):
+    """Projections, QK-norm, rotary positions, attention, output projection. `window` 0: a global layer."""
+
+    def __init__(self, cfg: schema.Model, window: int, rngs: nnx.Rngs):
+        D, N, K, H = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.cfg, self.window = cfg, window
+        self.q = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), normal(D**-0.5))
+        self.k = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), normal(D**-0.5))
+        self.v = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), normal(D**-0.5))
+        out = zeros if cfg.zero_init else normal((N * H) ** -0.5)
+        self.o = param(rngs, (N, H, D), ("heads", "head_dim", "embed"), out)
+        # Biases are flat, so that whoever tells matrices from vectors by their dimensions is right.
+        self.q_bias = param(rngs, (N * H,), ("heads",), zeros) if cfg.qkv_bias else None
+        self.k_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
+        self.v_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
+        self.o_bias = param(rngs, (D,), ("norm",), zeros) if cfg.out_bias else None
+        self.q_norm = Norm(cfg, H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
+        self.k_norm = Norm(cfg, H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
+
+    def __call__(self, x_BTD, tables, segments_BT, mesh, cache=None, index_BT=None):
+        """Returns (output [B, T, D], the cache with this call's keys and values written, or None).
+
+        Args:
+          tables: cosines and sines for this kind of layer.
+          cache: {"k": [B, S, K, H], "v": [B, S, K, H]}; keys and values of the call go to positions index_BT of it.
+        """
+        cfg = self.cfg
+        q = _heads(x_BTD, self.q, self.q_bias)
+        k = _heads(x_BTD, self.k, self.k_bias)
+        v_BTKH = _heads(x_BTD, self.v, self.v_bias)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
+        kv_axes = ("batch", "kv_length", "act_kv_heads", "head_dim")
+        k_BTKH, v_BTKH = constrain(rope(k, tables), kv_axes, mesh), constrain(v_BTKH, kv_axes, mesh)
+        if cache is not None:
+            rows = jnp.arange(x_BTD.shape[0])[:, None]
+            cache = {"k": cache["k"].at[rows, index_BT].set(k_BTKH.astype(cache["k"].dtype), mode="drop"),
+                     "v": cache["v"].at[rows, index_BT].set(v_BTKH.astype(cache["v"].dtype), mode="drop")}  # fmt: skip
+            k_BTKH, v_BTKH = cache["k"], cache["v"]
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, index_BT=index_BT, window=self.window,
+                          softcap=cfg.attn_softcap, scale=cfg.attn_scale, backend=cfg.attention, mesh=mesh)  # fmt: skip
+        out_BTNH = constrain(out_BTNH, ("batch", "length", "act_heads", "head_dim"), mesh)
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(x_BTD.dtype))
+        return (y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(x_BTD.dtype)), cache
+
+
+def _heads(x_BTD, weight, bias) -> jax.Array:
+    """x @ weight as [B, T, heads, H]; weight is [D, heads, H], bias [heads * H] or None."""
+    y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(x_BTD.dtype))
+    return y if bias is None else y + bias[...].reshape(y.shape[2:]).astype(x_BTD.dtype)

@@ -1,0 +1,115 @@
+"""The parts of a decoder layer that are not attention: norms, rotary positions, the MLP.
+
+    B rows, T positions, D width, N heads, H size of a head (h its half), F hidden width of the MLP
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lmtrain import schema
+from lmtrain.mesh import constrain
+from lmtrain.models.params import normal, ones, param, zeros
+
+GATED = {"swiglu": jax.nn.silu, "geglu": lambda x: jax.nn.gelu(x, approximate=True)}
+PLAIN = {"relu2": lambda x: jnp.square(jax.nn.relu(x)), "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+# --------------------------------------------------------------------------------------------------------------- norm
+class Norm(nnx.Module):
+    """RMSNorm over the last dimension, in float32 (Zhang and Sennrich 2019). Gemma stores its scale as scale - 1."""
+
+    def __init__(self, cfg: schema.Model, size: int, scale: bool, rngs: nnx.Rngs):
+        self.offset, self.eps = float(cfg.norm == "gemma"), cfg.norm_eps
+        self.scale = param(rngs, (size,), ("norm",), zeros if self.offset else ones) if scale else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            y = y * (self.scale[...] + self.offset)
+        return y.astype(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- rotary positions
+def rope_frequencies(head_dim: int, theta: float, scaling: schema.RopeScaling) -> tuple[np.ndarray, float]:
+    """Radians per position of each pair of dimensions, and the factor on their cosines and sines.
+
+    Plain RoPE is theta ** (-2i / H) (Su et al. 2021). Scalings, all after Hugging Face's definitions:
+    linear divides every frequency by the factor (Chen et al. 2023); llama3 divides only wavelengths longer than
+    original_length / low_freq, leaves those shorter than original_length / high_freq, and blends between; yarn (Peng et
+    al. 2023) blends by how often a dimension turns within original_length, and sharpens attention by its factor.
+
+    Returns:
+      (frequencies of shape [head_dim // 2] in float64, attention factor)
+    """
+    freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    s = scaling
+    if s.kind == "none":
+        return freq, 1.0
+    if s.kind == "linear":
+        return freq / s.factor, 1.0
+    turns = s.original_length * freq / (2 * math.pi)  # within the length the model was trained on
+    if s.kind == "llama3":
+        keep = np.clip((turns - s.low_freq) / (s.high_freq - s.low_freq), 0, 1)
+        return freq * keep + freq / s.factor * (1 - keep), 1.0
+
+    def dimension(rotations: float) -> float:  # the pair that turns so often, as a real number
+        return head_dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(s.beta_fast)), 0), min(math.ceil(dimension(s.beta_slow)), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    factor = s.attention_factor or (0.1 * math.log(s.factor) + 1 if s.factor > 1 else 1.0)
+    return freq * (1 - ramp) + freq / s.factor * ramp, factor
+
+
+def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float, scaling: schema.RopeScaling):
+    """(cosines, sines) of the rotations, each float32 [B, T, 1, head_dim // 2]; B may be 1 for all rows alike."""
+    freq_h, factor = rope_frequencies(head_dim, theta, scaling)
+    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.asarray(freq_h, jnp.float32)
+    return jnp.cos(angle_BT1h) * factor, jnp.sin(angle_BT1h) * factor
+
+
+def rope(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head by its position's angles (the layout of Llama's HF weights)."""
+    cos, sin = (t.astype(x_BTNH.dtype) for t in tables)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- MLP
+def activate(cfg: schema.Model, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """The hidden layer of an MLP: act(gate) * up where the activation is gated, else act(up)."""
+    return PLAIN[cfg.activation](up) if gate is None else GATED[cfg.activation](gate) * up
+
+
+class MLP(nnx.Module):
+    """up, (gate,) activation, down (Shazeer 2020)."""
+
+    def __init__(self, cfg: schema.Model, hidden: int, rngs: nnx.Rngs):
+        D, F = cfg.width, hidden
+        self.cfg = cfg
+        self.gate = param(rngs, (D, F), ("embed", "mlp"), normal(D**-0.5)) if cfg.activation in GATED else None
+        self.up = param(rngs, (D, F), ("embed", "mlp"), normal(D**-0.5))
+        self.down = param(rngs, (F, D), ("mlp", "embed"), zeros if cfg.zero_init else normal(F**-0.5))
+        bias = cfg.mlp_bias
+        self.gate_bias = param(rngs, (F,), ("mlp",), zeros) if bias and self.gate is not None else None
+        self.up_bias = param(rngs, (F,), ("mlp",), zeros) if bias else None
+        self.down_bias = param(rngs, (D,), ("norm",), zeros) if bias else None
+
+    def __call__(self, x_BTD: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+        gate_BTF = None if self.gate is None else linear(x_BTD, self.gate, self.gate_bias)
+        hidden_BTF = activate(self.cfg, gate_BTF, linear(x_BTD, self.up, self.up_bias))
+        hidden_BTF = constrain(hidden_BTF, ("batch", "length", "act_mlp"), mesh)
+        return linear(hidden_BTF, self.down, self.down_bias)
+
+
+def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    """x @ weight + bias, computed in x's dtype."""
+    y = x @ weight[...].astype(x.dtype)
+    return y if bias is None else y + bias[...].astype(x.dtype)

@@ -1,0 +1,141 @@
+"""What a model's configuration leaves open, worked out and checked before anything is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from lmtrain import schema
+from lmtrain.models.attention import BACKENDS
+from lmtrain.models.layers import GATED, PLAIN
+
+CHOICES = {
+    "activation": (*GATED, *PLAIN),
+    "norm": ("rmsnorm", "gemma"),
+    "attention": ("auto", *BACKENDS),
+    "remat": ("none", "dots", "full"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+SCALINGS = ("none", "linear", "llama3", "yarn")
+
+
+def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
+    """The same model with every shape that was left at 0 filled in. Resolving twice changes nothing.
+
+    Args:
+      model: as configured.
+      vocab_size: the tokenizer's; 0: model.vocab_size must say it.
+
+    Raises:
+      ConfigError: where shapes do not fit together, or a name is not known.
+    """
+    m = model
+    for field, names in CHOICES.items():
+        _one_of(f"model.{field}", getattr(m, field), names)
+    _one_of("model.rope_scaling.kind", m.rope_scaling.kind, SCALINGS)
+    for field in ("layers", "width", "heads"):
+        _at_least(field, getattr(m, field), 1)
+    for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "window", "experts", "shared_experts", "expert_mlp",
+                  "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance", "router_z",
+                  "init_scale", "rope_local_theta"):  # fmt: skip
+        _at_least(field, getattr(m, field), 0)
+
+    if not m.head_dim and m.width % m.heads:
+        raise schema.ConfigError(
+            f"model.heads is {m.heads}, which does not divide model.width={m.width}; it takes one of "
+            f"{_divisors(m.width)}, or set model.head_dim."
+        )
+    head_dim = m.head_dim or m.width // m.heads
+    if head_dim % 2:
+        raise schema.ConfigError(
+            f"model.head_dim is {head_dim}{'' if m.head_dim else ' (model.width / model.heads)'}; "
+            "rotary positions turn pairs, so it takes an even number."
+        )
+    kv_heads = m.kv_heads or m.heads
+    if m.heads % kv_heads:
+        raise schema.ConfigError(
+            f"model.kv_heads is {kv_heads}, which does not divide model.heads={m.heads}; "
+            f"it takes one of {_divisors(m.heads)}."
+        )
+    if not m.pattern or set(m.pattern) - {"G", "W"}:
+        raise schema.ConfigError(
+            f"model.pattern is {m.pattern!r}; it takes a word of G (global) and W (windowed), such as 'WWWWWG'."
+        )
+    if "W" in m.pattern and not m.window:
+        raise schema.ConfigError(f"model.pattern is {m.pattern!r}, but model.window is 0; set how many positions W sees.")
+    if m.window and "W" not in m.pattern:
+        raise schema.ConfigError(
+            f"model.window is {m.window}, but model.pattern={m.pattern!r} has no windowed layer; "
+            "set model.pattern='W' for a window in every layer, or model.window=0."
+        )
+    if m.experts and not 1 <= m.experts_per_token <= m.experts:
+        raise schema.ConfigError(
+            f"model.experts_per_token is {m.experts_per_token}; it takes 1 to model.experts={m.experts}."
+        )
+    if m.shared_experts and not m.experts:
+        raise schema.ConfigError(f"model.shared_experts is {m.shared_experts}, but model.experts is 0: there is no mixture.")
+    if m.experts and m.mlp_bias:
+        raise schema.ConfigError("model.mlp_bias is True, but experts (model.experts) have no biases; it takes False.")
+    _check_rope(m)
+    if m.vocab_size and vocab_size > m.vocab_size:
+        raise schema.ConfigError(
+            f"model.vocab_size is {m.vocab_size}, but the tokenizer has {vocab_size} tokens; "
+            "it takes at least as many, or 0 for as many."
+        )
+    if not (m.vocab_size or vocab_size):
+        raise schema.ConfigError("model.vocab_size is 0 (the tokenizer's), but no tokenizer is given; set it.")
+
+    mlp = m.mlp or (-(-8 * m.width // (3 * 64)) * 64 if m.activation in GATED else 4 * m.width)
+    return dataclasses.replace(
+        m, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp, vocab_size=m.vocab_size or vocab_size,
+        expert_mlp=m.expert_mlp or mlp)  # fmt: skip
+
+
+def groups(cfg: schema.Model) -> tuple[int, str, str]:
+    """(number of layer groups, kinds of layer in a group, kinds of the layers left over)."""
+    body = cfg.pattern[0] if len(set(cfg.pattern)) == 1 else cfg.pattern[: cfg.layers]
+    count = cfg.layers // len(body)
+    return count, body, body[: cfg.layers - count * len(body)]
+
+
+def embedding_std(cfg: schema.Model) -> float:
+    """Standard deviation of a fresh embedding."""
+    return cfg.init_scale or (1.0 if cfg.embed_norm or not cfg.tied else 0.02)
+
+
+def _check_rope(m: schema.Model) -> None:
+    s = m.rope_scaling
+    if m.rope_theta <= 1 or 0 < m.rope_local_theta <= 1:
+        raise schema.ConfigError(
+            f"model.rope_theta is {m.rope_theta} and model.rope_local_theta {m.rope_local_theta}; they take numbers above 1."
+        )
+    if s.kind == "none":
+        return
+    if s.factor < 1 or s.original_length < 1:
+        raise schema.ConfigError(
+            f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; both take at least 1."
+        )
+    if s.kind == "llama3" and s.high_freq <= s.low_freq:
+        raise schema.ConfigError(
+            f"model.rope_scaling.high_freq is {s.high_freq}; it takes more than model.rope_scaling.low_freq={s.low_freq}."
+        )
+    if s.kind == "yarn" and s.beta_fast <= s.beta_slow:
+        raise schema.ConfigError(
+            f"model.rope_scaling.beta_fast is {s.beta_fast}; it takes more than model.rope_scaling.beta_slow={s.beta_slow}."
+        )
+
+
+def _one_of(field: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise schema.ConfigError(f"{field} is {value!r}; it takes {', '.join(names)}.{hint}")
+
+
+def _at_least(field: str, value: float, least: int) -> None:
+    if value < least:
+        raise schema.ConfigError(f"model.{field} is {value}; it takes at least {least}.")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

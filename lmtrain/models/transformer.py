@@ -1,0 +1,374 @@
+"""The decoder: configuration -> parameters -> hidden states -> losses, as pure functions.
+
+    B rows, T positions, D width, V vocabulary, G layer groups, P layers in a group (the pattern's length)
+
+Layers repeat in the order of cfg.pattern. All layers at one place of the pattern have their parameters stacked:
+params["layers"]["0"] holds the first of every group, with leading dimension G. Where the pattern does not divide the
+number of layers, params["tail"]["0"]... hold those left over (leading dimension 1). A scan runs over the groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmtrain import schema
+from lmtrain.mesh import batch_shards, constrain
+from lmtrain.models import params as p
+from lmtrain.models.attention import Attention, platform
+from lmtrain.models.layers import MLP, Norm, rope_tables
+from lmtrain.models.moe import MoE
+from lmtrain.models.shapes import embedding_std, groups, resolve
+from lmtrain.types import Batch, Params
+
+__all__ = ["Forward", "TokenLosses", "axes", "count", "flops_per_token", "init", "resolve", "shapes", "unstack"]
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+class Block(nnx.Module):
+    """One layer: attention and MLP, each added to the residual stream, normed before and (cfg.post_norm) after."""
+
+    def __init__(self, cfg: schema.Model, kind: str, rngs: nnx.Rngs):
+        norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
+        self.attn = Attention(cfg, cfg.window if kind == "W" else 0, rngs)
+        self.mlp = MoE(cfg, rngs) if cfg.experts else MLP(cfg, cfg.mlp, rngs)
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.attn_post_norm = norm() if cfg.post_norm else None
+        self.mlp_post_norm = norm() if cfg.post_norm else None
+
+    def __call__(self, x_BTD, tables, segments_BT, real_BT, mesh, cache=None, index_BT=None):
+        """Returns (x, router losses or 0.0, cache or None); see Attention for the cache."""
+        y_BTD, cache = self.attn(self.attn_norm(x_BTD), tables, segments_BT, mesh, cache, index_BT)
+        x_BTD = x_BTD + (y_BTD if self.attn_post_norm is None else self.attn_post_norm(y_BTD))
+        h_BTD = self.mlp_norm(x_BTD)
+        y_BTD, aux = self.mlp(h_BTD, real_BT, mesh) if isinstance(self.mlp, MoE) else (self.mlp(h_BTD, mesh), 0.0)
+        x_BTD = x_BTD + (y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD))
+        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh), aux, cache
+
+
+class Embed(nnx.Module):
+    """The table of token embeddings."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.width)
+        self.table = p.param(rngs, shape, ("vocab", "embed"), p.normal(embedding_std(cfg)))
+
+
+class Head(nnx.Module):
+    """The output matrix of an untied model."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        init = p.zeros if cfg.zero_init else p.normal(cfg.width**-0.5)
+        self.kernel = p.param(rngs, (cfg.width, cfg.vocab_size), ("embed", "vocab"), init)
+
+
+class Ends(nnx.Module):
+    """All that is not a layer: embedding, its norm, the last norm, the output matrix."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
+        self.cfg = cfg
+        self.embed = Embed(cfg, rngs)
+        self.embed_norm = norm() if cfg.embed_norm else None
+        self.norm = norm()
+        self.head = None if cfg.tied else Head(cfg, rngs)
+
+    def encode(self, tokens_BT, dtype, mesh):
+        table_VD = constrain(self.embed.table[...], ("vocab", None), mesh)
+        x_BTD = table_VD[tokens_BT].astype(dtype)
+        if self.cfg.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.cfg.width), dtype)
+        x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
+        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
+
+    def logits(self, hidden_BTD, mesh):
+        if self.head is None:
+            w = self.embed.table[...].astype(hidden_BTD.dtype)
+            y = jnp.einsum("BTD,VD->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
+        else:
+            w = self.head.kernel[...].astype(hidden_BTD.dtype)
+            y = jnp.einsum("BTD,DV->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
+        if cap := self.cfg.logit_softcap:
+            y = cap * jnp.tanh(y / cap)
+        return constrain(y, ("batch", "length", "act_vocab"), mesh)
+
+
+@functools.lru_cache(maxsize=None)
+def _graph(cfg: schema.Model, part: str) -> nnx.GraphDef:
+    return p.graph(lambda: _module(cfg, part, nnx.Rngs(params=0)))
+
+
+def _module(cfg: schema.Model, part: str, rngs: nnx.Rngs) -> nnx.Module:
+    """part "ends", or a kind of layer: "G" or "W"."""
+    return Ends(cfg, rngs) if part == "ends" else Block(cfg, part, rngs)
+
+
+# --------------------------------------------------------------------------------------------------------- parameters
+def init(cfg: schema.Model, key: jax.Array) -> Params:
+    """Fresh parameters: a nested dict of float32 arrays, layers born stacked. Pure, so it can be jitted and sharded.
+
+    Args:
+      cfg: resolved (see `resolve`).
+      key: a typed jax.random key.
+    """
+
+    def build(part):
+        return lambda key: p.pure(_module(cfg, part, nnx.Rngs(params=key)))
+
+    count, body, tail = groups(cfg)
+    keys = jax.random.split(key, 1 + len(body) + len(tail))
+    tree = build("ends")(keys[0])
+    tree["layers"] = {str(i): p.stacked(build(kind), keys[1 + i], count) for i, kind in enumerate(body)}
+    if tail:
+        last = keys[1 + len(body) :]
+        tree["tail"] = {str(i): p.stacked(build(kind), last[i], 1) for i, kind in enumerate(tail)}
+    return tree
+
+
+def axes(cfg: schema.Model) -> Params:
+    """The logical axes of every parameter: a tree like `init`'s, with a tuple of names (or None) for each array."""
+
+    def of(part):
+        return p.axes_of(lambda: _module(cfg, part, nnx.Rngs(params=0)))
+
+    def stack(kinds):
+        add = lambda a: ("layers", *a)  # noqa: E731
+        return {str(i): jax.tree.map(add, of(k), is_leaf=lambda x: isinstance(x, tuple)) for i, k in enumerate(kinds)}
+
+    _, body, tail = groups(cfg)
+    tree = of("ends")
+    tree["layers"] = stack(body)
+    if tail:
+        tree["tail"] = stack(tail)
+    return tree
+
+
+def shapes(cfg: schema.Model) -> Params:
+    """The shapes of `init`'s parameters, as ShapeDtypeStructs; allocates nothing."""
+    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+
+def count(cfg: schema.Model) -> dict[str, int]:
+    """Numbers of parameters: total, active (those that one token uses), embedding (the table alone)."""
+    tree = shapes(cfg)
+    total = p.size(tree)
+    idle = 0
+    if cfg.experts:
+        matrices = 3 if "gate" in tree["layers"]["0"]["mlp"] else 2
+        idle = cfg.layers * (cfg.experts - cfg.experts_per_token) * matrices * cfg.width * cfg.expert_mlp
+    return {"total": total, "active": total - idle, "embedding": p.size(tree["embed"])}
+
+
+def flops_per_token(cfg: schema.Model, row_length: int) -> float:
+    """FLOPs that training takes for one token: 6 for every active weight of a matrix product, the output matrix once
+    and the embedding's look-up not at all, and 12 N H T for the scores of every layer (Chowdhery et al. 2022, appendix
+    B; the causal half not taken off, by everybody's convention), T at most the window in windowed layers.
+    """
+    tree, names = shapes(cfg), axes(cfg)
+    vectors = 0
+    for leaf, name in zip(jax.tree.leaves(tree), jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
+        vectors += leaf.size if len([n for n in name if n != "layers"]) == 1 else 0
+    n = count(cfg)
+    matrices = n["active"] - vectors - (0 if cfg.tied else n["embedding"])
+    kinds = (cfg.pattern * cfg.layers)[: cfg.layers]
+    seen = sum(min(cfg.window, row_length) if kind == "W" else row_length for kind in kinds)
+    return float(6 * matrices + 12 * cfg.heads * cfg.head_dim * seen)
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with params["layers"] a tuple of one dict a group, unstacked.
+
+    Decoding at batch 1 reads every weight once a token: slices out of stacks would double that traffic. Forward and
+    decode take either form.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    return {**params, "layers": tuple(_slices(params["layers"]))}
+
+
+def _slices(stack: Any) -> list[Any]:
+    """A stacked tree as a list of trees. lax.split, since its gradient is one concatenation, not a sum of padded parts."""
+    leaves, structure = jax.tree.flatten(stack)
+    parts = [[x.squeeze(0) for x in jax.lax.split(leaf, [1] * leaf.shape[0], axis=0)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, group) for group in zip(*parts, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ forward
+class TokenLosses(NamedTuple):
+    """What `Forward.losses` returns; float32.
+
+    nll_BT: -log p(target). lse_BT: logsumexp of the logits. aux: router losses, summed over real tokens.
+    """
+
+    nll_BT: jax.Array
+    lse_BT: jax.Array
+    aux: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward pass of one configuration on one mesh: what objectives receive. Hashable, all methods pure.
+
+    Attributes:
+      cfg: resolved (see `resolve`).
+      mesh: where the arrays lie; None: one device.
+    """
+
+    cfg: schema.Model
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        if not (self.cfg.vocab_size and self.cfg.head_dim):
+            raise schema.ConfigError("model is not resolved: pass it through lmtrain.models.transformer.resolve first.")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations and products."""
+        if self.cfg.dtype == "auto":
+            return jnp.dtype(jnp.float32 if platform(self.mesh) == "cpu" else jnp.bfloat16)
+        return jnp.dtype(self.cfg.dtype)
+
+    def hidden(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states [B, T, D] after the last norm, and router losses (float32, summed over real tokens)."""
+        tokens_BT = batch["tokens_BT"]
+        segments_BT = batch.get("segments_BT")
+        positions_BT = batch.get("positions_BT", jnp.arange(tokens_BT.shape[1])[None])
+        x_BTD, aux, _ = self.run(params, tokens_BT, positions_BT, segments_BT)
+        return x_BTD, aux
+
+    def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32, soft cap applied."""
+        return self._ends(params).logits(hidden_BTD, self.mesh)
+
+    def losses(self, params: Params, batch: Batch) -> TokenLosses:
+        """Cross entropy of every position, weights not applied. Logits exist for cfg.loss_chunk positions at a time."""
+        hidden_BTD, aux = self.hidden(params, batch)
+        nll_BT, lse_BT = self._cross_entropy(self._ends(params), hidden_BTD, batch["targets_BT"])
+        return TokenLosses(nll_BT, lse_BT, aux)
+
+    def logps(self, params: Params, batch: Batch) -> jax.Array:
+        """log p(target) of every position, float32 [B, T]."""
+        return -self.losses(params, batch).nll_BT
+
+    # ---------------------------------------------------------------------------------- shared with decode.py
+    def run(self, params: Params, tokens_BT, positions_BT, segments_BT=None, cache=None):
+        """Embedding, layers, last norm. Returns (hidden [B, T, D], router losses, cache or None).
+
+        Args:
+          cache: {"layers": ..., "tail": ...} like the parameters, of {"k", "v"}; then positions_BT are also the places
+            in the cache that this call writes.
+        """
+        ends = self._ends(params)
+        x_BTD = ends.encode(tokens_BT, self.dtype, self.mesh)
+        real_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
+        index_BT = None if cache is None else positions_BT
+        cfg = self.cfg
+        scaled = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        local = scaled
+        if cfg.rope_local_theta and "W" in cfg.pattern:
+            local = rope_tables(positions_BT, cfg.head_dim, cfg.rope_local_theta, schema.RopeScaling())
+        count, body, tail = groups(cfg)
+
+        def group(kinds, x_BTD, weights, cache):
+            aux, out = jnp.zeros((), jnp.float32), {}
+            for i, kind in enumerate(kinds):
+                block = p.merge(_graph(cfg, kind), weights[str(i)])
+                kept = None if cache is None else cache[str(i)]
+                tables = local if kind == "W" else scaled
+                x_BTD, a, out[str(i)] = block(x_BTD, tables, segments_BT, real_BT, self.mesh, kept, index_BT)
+                aux += a
+            return x_BTD, aux, None if cache is None else out
+
+        loop = isinstance(params["layers"], tuple) or self._unroll(count) >= count
+        run = functools.partial(group, body)
+        if cfg.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else policies.nothing_saveable
+            run = jax.checkpoint(run, policy=policy, prevent_cse=loop)
+
+        aux, new = jnp.zeros((), jnp.float32), {}
+        if loop:
+            kept = [None] * count if cache is None else unstack(cache)["layers"]
+            out = []
+            for weights, kv in zip(unstack(params)["layers"], kept, strict=True):
+                x_BTD, a, kv = run(x_BTD, weights, kv)
+                aux += a
+                out.append(kv)
+            if cache is not None:
+                stack = not isinstance(cache["layers"], tuple)
+                new["layers"] = jax.tree.map(lambda *kv: jnp.stack(kv), *out) if stack else tuple(out)
+        else:
+
+            def step(carry, xs):
+                x_BTD, a, kv = run(carry[0], *xs)
+                return (x_BTD, carry[1] + a), kv
+
+            kept = None if cache is None else cache["layers"]
+            (x_BTD, aux), new["layers"] = jax.lax.scan(
+                step, (x_BTD, aux), (params["layers"], kept), unroll=self._unroll(count))  # fmt: skip
+        if tail:
+            weights = jax.tree.map(lambda w: w[0], params["tail"])
+            kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
+            x_BTD, a, kv = group(tail, x_BTD, weights, kv)
+            aux += a
+            new["tail"] = jax.tree.map(lambda c: c[None], kv)
+        return ends.norm(x_BTD), aux, None if cache is None else new
+
+    def _ends(self, params: Params) -> Ends:
+        return p.merge(_graph(self.cfg, "ends"), {k: v for k, v in params.items() if k not in ("layers", "tail")})
+
+    def _unroll(self, count: int) -> int:
+        if self.cfg.unroll:
+            return min(self.cfg.unroll, count)
+        return count if count <= 12 and platform(self.mesh) == "cpu" else 1
+
+    # ------------------------------------------------------------------------------------------- cross entropy
+    def _cross_entropy(self, ends: Ends, hidden_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
+        B, T, D = hidden_BTD.shape
+        shards = 1 if self.mesh is None else self.mesh.shape["context"]
+        local, chunk = T // shards, self._chunk(B, T // shards)
+
+        def part(hidden, targets):
+            logits = ends.logits(hidden, self.mesh)
+            lse = jax.nn.logsumexp(logits, axis=-1)
+            if self.mesh is not None and self.mesh.shape["tensor"] > 1:
+                # A gather along the split vocabulary would first collect it; a masked sum stays where the logits are.
+                at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+                return lse - jnp.where(at, logits, 0).sum(axis=-1), lse
+            return lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], lse
+
+        if chunk >= local:
+            return part(hidden_BTD, targets_BT)
+
+        # Chunks are cut within each context shard, [B, T] -> [n, B, shards * chunk], so that none of it moves.
+        n = -(-local // chunk)
+
+        def cut(x):
+            x = x.reshape(B, shards, local, *x.shape[2:])
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, n * chunk - local)) + ((0, 0),) * (x.ndim - 3))
+            x = jnp.moveaxis(x.reshape(B, shards, n, chunk, *x.shape[3:]), 2, 0)
+            x = x.reshape(n, B, shards * chunk, *x.shape[4:])
+            return constrain(x, (None, "batch", "length") + (None,) * (x.ndim - 3), self.mesh)
+
+        def join(x):
+            x = jnp.moveaxis(x.reshape(n, B, shards, chunk), 0, 2).reshape(B, shards, n * chunk)
+            return constrain(x[:, :, :local].reshape(B, T), ("batch", "length"), self.mesh)
+
+        body = jax.checkpoint(lambda carry, xs: (carry, part(*xs)), prevent_cse=False)
+        _, (nll, lse) = jax.lax.scan(body, (), (cut(hidden_BTD), cut(targets_BT)))
+        return join(nll), join(lse)
+
+    def _chunk(self, rows: int, length: int) -> int:
+        """Positions of a row (of one context shard) whose logits exist at once, equal chunks as far as they go."""
+        rows_here, vocab_here = rows, self.cfg.vocab_size
+        if self.mesh is not None:
+            rows_here, vocab_here = -(-rows // batch_shards(self.mesh)), vocab_here // self.mesh.shape["tensor"]
+        positions = self.cfg.loss_chunk or (64 << 20) // (4 * vocab_here)
+        chunk = max(1, positions // rows_here)
+        return -(-length // -(-length // chunk))  # the same number of chunks, as even as they can be
