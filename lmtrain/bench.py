@@ -47,11 +47,8 @@ def train(
         )
     forward, axes = transformer.Forward(cfg, mesh), transformer.axes(cfg)
     tx, schedule = optim.make(schema.Optim(name=optimizer, lr=3e-4, weight_decay=0.1), 1000, axes)
-    new_state, shardings, _ = step.make_init(lambda key: transformer.init(cfg, key), axes, tx, mesh, seed=0)
-    update = step.make_update(
-        pretrain.pretrain, forward, tx, schedule, cfg=pretrain.Pretrain(), accumulate=accumulate, mesh=mesh,
-        shardings=shardings,
-    )  # fmt: skip
+    start, abstract = step.make_init(lambda key: transformer.init(cfg, key), tx, axes, mesh)
+    update = step.make_update(pretrain.pretrain, forward, tx, schedule, abstract, mesh, pretrain.Pretrain(), accumulate)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, row_length + 1), dtype=np.int32)
     batch = mesh_lib.put(
         {
@@ -61,7 +58,7 @@ def train(
         },
         mesh,
     )
-    state = new_state()
+    state = start(jax.random.key(0))
     state, metrics = update(state, batch)
     first_loss = float(metrics["loss"])
     first_step = process_age()

@@ -68,23 +68,14 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     forward = transformer.Forward(parts.model, mesh)
     axes = transformer.axes(parts.model)
     tx, schedule = optim.make(cfg.optim, cfg.steps, axes)
-    mesh_lib.check_shapes(transformer.shapes(parts.model), axes, mesh)
-    new_state, shardings, abstract = step.make_init(
-        lambda key: transformer.init(parts.model, key), axes, tx, mesh, seed=seed
-    )
-    update = step.make_update(
-        parts.loss, forward, tx, schedule, cfg=cfg.loss, accumulate=cfg.accumulate, mesh=mesh, shardings=shardings
-    )
-    evaluate = step.make_evaluate(parts.loss, forward, cfg=cfg.loss, mesh=mesh)
+    start, abstract = step.make_init(lambda key: transformer.init(parts.model, key), tx, axes, mesh)
+    update = step.make_update(parts.loss, forward, tx, schedule, abstract, mesh, cfg.loss, cfg.accumulate)
+    evaluate = step.make_evaluate(parts.loss, forward, mesh, cfg.loss)
     heldout = [mesh_lib.put(b, mesh) for b in parts.heldout]
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best)
     writer = log.Writer(folder, tensorboard=tensorboard)
 
     # ---------------------------------------------------------------- restore
-    def fresh() -> TrainState:
-        state = new_state()
-        return state if parts.initial is None else state.replace(params=parts.initial())
-
     first_position = source.state()
     losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
     rollbacks = 0
@@ -95,7 +86,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         losses.clear()
         if found is None:
             source.restore(first_position)
-            return fresh(), 0
+            return start(jax.random.key(seed), parts.initial() if parts.initial else None), 0
         state, meta, at = found
         source.restore(meta["source"])
         losses.extend(meta["loop"]["losses"])

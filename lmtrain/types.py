@@ -24,8 +24,8 @@ Array = jax.Array | np.ndarray
 #:   tokens_BT    int32    what the model reads
 #:   targets_BT   int32    the token that follows, within the same document
 #:   weights_BT   float32  1 where the target counts in the loss, else 0
-#:   segments_BT  int32    1, 2, ... for the documents packed into a row, 0 for padding (optional: a row is one document)
-#:   positions_BT int32    position within the document (optional: 0, 1, 2, ...)
+#:   segments_BT  int32    1, 2, ... for the documents of a row, 0 for padding (absent: a row is one document)
+#:   positions_BT int32    position within the document (absent: 0, 1, 2, ...)
 #: Objectives add their own. Arrays stay NumPy on the host until `mesh.put`.
 Batch = dict[str, Any]
 

@@ -1,0 +1,126 @@
+"""What a run has to show: `lmtrain inspect` in words, report.html with curves, scores and samples on one page."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+import pathlib
+from typing import Any
+
+from lmtrain import checkpoint, experiment, log
+from lmtrain.models import transformer
+from lmtrain.types import LmtrainError
+
+
+def inspect(folder: str | os.PathLike[str]) -> str:
+    """Stages, steps, parameter count, sha256 over the parameters, and the configuration of the last stage, as text."""
+    last = experiment.find_stage(pathlib.Path(folder))
+    lines = []
+    for here in stages(last.parent):
+        steps = checkpoint.steps(here / "checkpoints")
+        if not steps:
+            lines.append(f"{here}: no checkpoint yet")
+            continue
+        stored = json.loads((here / "config.json").read_text())
+        params = checkpoint.load_params(here / "checkpoints", steps[-1])
+        counted = transformer.count(experiment.stored_model(stored))
+        scored = [m for m in log.read_metrics(here) if "heldout_loss" in m]
+        lines += [
+            f"{here}",
+            f"    step        {steps[-1]} of {stored['stages'][here.name]['steps']}",
+            f"    checkpoints {', '.join(map(str, steps))}",
+            f"    parameters  {counted['total']:,}",
+            f"    sha256      {checkpoint.params_sha256(params)}",
+        ]
+        if scored:
+            m = scored[-1]
+            bits = m["heldout_bits_per_byte"]
+            lines.append(
+                f"    held out    {m['heldout_loss']:.4f} nats a token, {bits:.4f} bits per byte, at step {m['step']}"
+            )
+    stored = json.loads((last / "config.json").read_text())
+    lines += [f"configuration of {last.name}:", json.dumps(stored["stages"][last.name], indent=1)]
+    lines.append(f"lmtrain inspect: {len(stages(last.parent))} stage(s) in {last.parent}")
+    return "\n".join(lines)
+
+
+def stages(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The training stages of a run, oldest first."""
+    found = [p.parent for p in folder.glob("*/checkpoints")]
+    return sorted(found, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+
+
+def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Writes report.html into a run's folder and returns its path; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("svg", force=False)
+    root = pathlib.Path(folder)
+    parts = [f"<h1>{html.escape(root.name)}</h1>"]
+    for here in stages(root):
+        entry = experiment.read_summary(root).get(here.name, {})
+        parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry), _samples(here)]
+        settings = html.escape((here / "config.json").read_text())
+        parts.append(f"<details><summary>configuration</summary><pre>{settings}</pre></details>")
+    file = root / "report.html"
+    file.write_text(_PAGE.replace("BODY", "\n".join(parts)).replace("TITLE", html.escape(root.name)), encoding="utf-8")
+    return file
+
+
+def curve(metrics: list[dict[str, Any]]) -> str:
+    """The loss of every logged step and the held-out loss, against tokens seen, as SVG."""
+    from matplotlib.figure import Figure
+
+    if not metrics:
+        raise LmtrainError("no metrics to draw: metrics.jsonl is empty.")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([m["tokens"] for m in metrics], [m["loss"] for m in metrics], lw=0.8, color="#9db4c8", label="training")
+    scored = [m for m in metrics if "heldout_loss" in m]
+    if scored:
+        x, y = [m["tokens"] for m in scored], [m["heldout_loss"] for m in scored]
+        axes.plot(x, y, "o-", ms=4, lw=1.6, color="#1f5f8b", label="held out")
+        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right")
+    axes.set(xlabel="tokens seen", ylabel="loss (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _table(entry: dict[str, Any]) -> str:
+    rows = []
+    for name, value in entry.items():
+        if isinstance(value, dict) and value.keys() == {"before", "after"}:
+            rows.append((name.replace("_", " "), f"{value['before']:.4f} → <b>{value['after']:.4f}</b>"))
+        elif isinstance(value, dict):
+            rows += [(k, f"{v:.4f}") for k, v in value.items()]
+        else:
+            rows.append((name, f"{value:,}"))
+    cells = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows)
+    return f"<table>{cells}</table>"
+
+
+def _samples(here: pathlib.Path) -> str:
+    file = here / "samples.jsonl"
+    if not file.exists():
+        return ""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    last = [s["text"] for s in lines if s["step"] == lines[-1]["step"]]
+    return "<h3>samples</h3>" + "".join(f"<pre>{html.escape(t)}</pre>" for t in last)
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
+<meta name="viewport" content="width=device-width"><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}
+pre{background:#f5f6f7;padding:.8rem;overflow-x:auto;white-space:pre-wrap;font-size:.85rem}
+th{text-align:left;font-weight:500;padding-right:2rem}svg{width:100%;height:auto}
+</style><body>BODY</body></html>
+"""
