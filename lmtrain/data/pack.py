@@ -1,0 +1,61 @@
+"""Documents to rows. A corpus is one stream, <|endoftext|> before each document; row r is tokens r*T .. r*T + T of it.
+
+So a document of n tokens is read as [end, t1 .. tn] and asked for [t1 .. tn, end]: nothing is lost, nothing is
+repeated, and no target crosses a border. Every row can be made on its own, from its number alone: that is what lets the
+iterator's state be one number (packing by best fit would carry its bins along).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lmtrain.types import Batch
+
+
+def count(tokens: int, row_length: int) -> int:
+    """Rows of T that a stream of so many tokens fills; the last one may be padded."""
+    return -(-tokens // row_length)
+
+
+def window(stream, row: int, row_length: int, end: int) -> np.ndarray:
+    """The up to T+1 tokens of one row of a `Stream` (anything with len() and read(start, stop)); shorter in the last row."""
+    start = row * row_length
+    tokens = stream.read(start, start + row_length + 1)
+    # Behind the last document stands one more <|endoftext|>, its last token's target.
+    return np.append(tokens, tokens.dtype.type(end)) if start + row_length >= len(stream) else tokens
+
+
+def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batch:
+    """Rows from their windows, int16/32 [up to T+1] each; an empty one gives a row of padding.
+
+    Returns:
+      tokens_BT, targets_BT, segments_BT, positions_BT int32, weights_BT float32. Segments count 1, 2, ... within a row, and
+      positions restart at 0 with each; padding has segment, position and weight 0.
+    """
+    B, T = len(windows), row_length
+    ids_BS = np.full((B, T + 1), pad, np.int32)
+    length_B1 = np.zeros((B, 1), np.int32)
+    for b, tokens in enumerate(windows):
+        ids_BS[b, : len(tokens)] = tokens
+        length_B1[b] = max(len(tokens) - 1, 0)
+    tokens_BT = ids_BS[:, :-1].copy()
+    targets_BT = ids_BS[:, 1:].copy()
+    at_T = np.arange(T, dtype=np.int32)
+    real_BT = at_T < length_B1
+    if not real_BT.all():
+        tokens_BT[~real_BT] = pad
+        targets_BT[~real_BT] = pad
+    begins_BT = tokens_BT == end
+    begins_BT[:, 0] = True  # a document cut by the row's start begins anew here: what came before cannot be seen
+    segments_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32)
+    positions_BT = at_T - np.maximum.accumulate(np.where(begins_BT, at_T, 0), axis=1)
+    if not real_BT.all():
+        segments_BT[~real_BT] = 0
+        positions_BT[~real_BT] = 0
+    return {
+        "tokens_BT": tokens_BT,
+        "targets_BT": targets_BT,
+        "weights_BT": real_BT.astype(np.float32),
+        "segments_BT": segments_BT,
+        "positions_BT": positions_BT,
+    }

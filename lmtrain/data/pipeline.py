@@ -1,0 +1,231 @@
+"""Batches, forever: shuffle by seed, mix by weight, this process's rows, prefetch. Grain underneath.
+
+The order of rows is a function of (corpus, row length, weights, seed) alone. Process p of P takes the p-th block of every
+global batch, so the state, the number of rows given out so far, suits any number of processes and any batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+
+from lmtrain.data import pack, shards
+from lmtrain.data.shards import Shards
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.schema import ConfigError, Data
+from lmtrain.types import Batch, LmtrainError, Params
+
+
+def build(
+    data: Data,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    seed: int,
+    folder: str | os.PathLike[str],
+    progress: bool = True,
+) -> tuple[Pipeline, Heldout]:
+    """Prepares the corpus in `folder` (once) and opens it: training batches, and the fixed held-out ones.
+
+    Raises:
+      ConfigError, LmtrainError: settings, files or sizes that cannot be, each in one message.
+    """
+    if data.row_length < 1:
+        raise ConfigError(f"data.row_length: got {data.row_length}, takes a number of tokens from 1 up")
+    prepared = shards.prepare(data, tokenizer, folder, progress)
+    return Pipeline(prepared, data, tokenizer, batch_size, seed), Heldout(prepared, data, tokenizer, batch_size)
+
+
+class Pipeline:
+    """Training batches: contract 4 (Source). `process_index` and `process_count` are for tests; else JAX's."""
+
+    def __init__(
+        self,
+        prepared: Shards,
+        data: Data,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ) -> None:
+        self.shards = prepared
+        self.batch_size = batch_size
+        self._p, self._rows = _share(batch_size, process_index, process_count)
+        self._threads = data.workers or 2
+        self._next_index = 0
+        self._batches: Iterator[Batch] | None = None
+        self._table = _Table([m.train for m in prepared.members], data.row_length, tokenizer)
+        empty = [m.name for m in prepared.members if not len(m.train)]
+        if empty:
+            raise LmtrainError(
+                f"data{f'.mixture.{empty[0]}' * bool(empty[0])}: every document is held out, none is left to train on;"
+                f" lower data.heldout_fraction={data.heldout_fraction} or give more text"
+            )
+        weights = [m.weight for m in prepared.members]
+        orders = []
+        for member, rows in enumerate(self._table.rows):
+            order = grain.MapDataset.range(rows).shuffle(seed=_seed(seed, member)).repeat()  # shuffled anew every epoch
+            orders.append(order.map(lambda row, member=member: (member, row)))
+        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+        self._identity = {"corpus": prepared.identity, "row_length": data.row_length, "seed": seed, "weights": weights}
+
+    def next(self, params: Params | None = None) -> Batch:
+        """This process's rows of the next global batch, NumPy [B / P, T]. `params` is for sources that roll out."""
+        if self._batches is None:
+            self._batches = iter(self._open())
+        batch = next(self._batches)
+        self._next_index += self.batch_size
+        return batch
+
+    @property
+    def epochs(self) -> float:
+        """How often the rows given out so far cover the corpus (a mixture's: that of all its members together)."""
+        return self._next_index / sum(self._table.rows)
+
+    def state(self) -> dict:
+        """What `restore` needs: `next_index`, the rows given out over all processes, and what they were rows of."""
+        return {"next_index": self._next_index, **self._identity}
+
+    def restore(self, state: dict) -> None:
+        """Goes on behind the last batch of the pipeline that gave `state`, with whatever number of processes.
+
+        Raises:
+          LmtrainError: the state is one of other rows, so that some would be repeated and others lost.
+        """
+        for name, now in self._identity.items():
+            if name in state and state[name] != now:
+                raise LmtrainError(
+                    f"data: the checkpoint's {name} is {state[name]}, this run's {now}: rows would be repeated or lost."
+                    " Go back to the data and settings it was trained with, or start another --workdir with init_from"
+                )
+        self._move(int(state["next_index"]))
+
+    def skip(self, batches: int) -> None:
+        """Leaves out the next global batches."""
+        self._move(self._next_index + batches * self.batch_size)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._batches is not None and hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = None
+
+    def _move(self, index: int) -> None:
+        self.close()
+        self._next_index = index
+
+    def _open(self) -> grain.IterDataset:
+        batches = _Batches(self._order, self._table, self._next_index, self.batch_size, self._p, self._rows)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
+        return grain.MapDataset.source(batches).to_iter_dataset(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Batch i of process p, by number: what Grain's threads read ahead from."""
+
+    order: grain.MapDataset
+    table: _Table
+    start: int
+    batch_size: int
+    p: int
+    rows: int
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, i: int) -> Batch:
+        first = self.start + int(i) * self.batch_size + self.p * self.rows
+        return self.table.batch([self.order[k] for k in range(first, first + self.rows)])
+
+
+class _Table:
+    """All rows of some streams, by (stream, row)."""
+
+    def __init__(self, streams: list[shards.Stream], row_length: int, tokenizer: Tokenizer) -> None:
+        self.streams = streams
+        self.row_length = row_length
+        self.end, self.pad = tokenizer.end, tokenizer.pad
+        self.rows = [pack.count(len(stream), row_length) for stream in streams]
+
+    def batch(self, picks: list[tuple[int, int] | None]) -> Batch:
+        """One row for each pick; None gives padding."""
+        empty = np.empty(0, np.int32)
+        windows = [
+            empty if pick is None else pack.window(self.streams[pick[0]], int(pick[1]), self.row_length, self.end)
+            for pick in picks
+        ]
+        return pack.pack(windows, self.row_length, self.end, self.pad)
+
+
+class Heldout:
+    """The held-out rows that are scored: `data.heldout_rows` of them, evenly spread over all (0: every one), always the same.
+
+    Attributes:
+      rows: how many rows are scored.
+      tokens: how many targets they ask for, each document's <|endoftext|> included.
+      bytes: how many bytes of text those targets stand for (<|endoftext|> for none): bits per byte is the
+        summed loss of the targets in nats / ln 2 / bytes.
+    """
+
+    def __init__(
+        self,
+        prepared: Shards,
+        data: Data,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self._p, self._share = _share(batch_size, process_index, process_count)
+        self._tokenizer = tokenizer
+        self._table = _Table([m.heldout for m in prepared.members], data.row_length, tokenizer)
+        available = sum(map(len, self._table.streams))
+        if available < data.row_length:
+            raise LmtrainError(
+                f"data.heldout_fraction={data.heldout_fraction} ({data.heldout}) holds out {available} tokens, fewer than one row"
+                f" of data.row_length={data.row_length}: raise the fraction, shorten the rows, or give more text"
+            )
+        picks = [(member, row) for member, rows in enumerate(self._table.rows) for row in range(rows)]
+        self.rows = min(data.heldout_rows or len(picks), len(picks))
+        self._picks = [picks[i * len(picks) // self.rows] for i in range(self.rows)]
+        self.tokens = self.bytes = 0
+        for targets in self._targets():
+            self.tokens += len(targets)
+            self.bytes += int(tokenizer.byte_lengths[targets].sum())
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's rows of every batch, NumPy [B / P, T]; the last is filled up with padding (weights 0)."""
+        for first in range(0, self.rows, self.batch_size):
+            picks: list = self._picks[first : first + self.batch_size]
+            picks += [None] * (self.batch_size - len(picks))
+            yield self._table.batch(picks[self._p * self._share : (self._p + 1) * self._share])
+
+    def bytes_text(self) -> bytes:
+        """The text that the scored targets stand for, to measure gzip or xz on."""
+        return b"".join(self._tokenizer.decode_bytes(targets) for targets in self._targets())
+
+    def _targets(self) -> Iterator[np.ndarray]:
+        for member, row in self._picks:
+            yield pack.window(self._table.streams[member], row, self._table.row_length, self._table.end)[1:]
+
+
+def _share(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
+    """(this process, its rows of a global batch)."""
+    p = jax.process_index() if index is None else index
+    P = jax.process_count() if count is None else count
+    if batch_size < 1 or batch_size % P:
+        raise ConfigError(f"batch_size: got {batch_size}, takes a multiple of the {P} processes")
+    return p, batch_size // P
+
+
+def _seed(seed: int, member: int) -> int:
+    """Grain shuffles epoch e by seed + e: seeds apart at random, so that no member or run repeats another's orders."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {member}".encode()).digest()[:4], "big")

@@ -1,0 +1,291 @@
+"""Text to token ids and back: byte-level BPE (Sennrich et al. 2016; bytes: Radford et al. 2019), on Hugging Face's `tokenizers`.
+
+Ids 0..7 are the special tokens, 8..263 the bytes 0..255 in order, then one id for each merge. Plain text never yields a
+special id, even where it spells one, and every byte string comes back exactly: what is not UTF-8 goes byte by byte.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from lmtrain.schema import ConfigError
+from lmtrain.types import LmtrainError
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool_call|>",
+    "<|tool_result|>",
+    "<|end|>",
+)
+FIRST_BYTE = len(SPECIALS)
+SMALLEST = FIRST_BYTE + 256  # vocabulary without a merge
+
+#: Where words end before BPE sees them, after GPT-4's pattern: contractions; a word with the one character before it (mostly
+#: a space); numbers in groups of at most two digits (three would spend too much of a small vocabulary on them);
+#: punctuation; line ends; and runs of blanks that leave the last one to the word after (the indentation of code).
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+#: A long document is encoded in pieces of about so many characters, in parallel. Pieces end behind a line end that no
+#: blank follows, where SPLIT always ends a word: the ids are those of the whole.
+PIECE = 1 << 16
+
+# What other vocabularies call the token that ends a document.
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
+
+
+class Tokenizer:
+    """Encodes and decodes. `backend` is the `tokenizers.Tokenizer` underneath; `source` names it in errors."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer") -> None:
+        self.backend = backend
+        self.source = source
+        backend.encode_special_tokens = True  # a special token spelt out in the text is text
+        backend.no_padding()
+        backend.no_truncation()
+        self._spec = json.loads(backend.to_str())
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._special_ids = {t["content"]: t["id"] for t in self._spec["added_tokens"] if t["special"]}
+        self._pieces = _piece_bytes(self._spec, self.vocab_size, set(self._special_ids.values()))
+        single = {piece: i for i, piece in reversed(list(enumerate(self._pieces))) if len(piece) == 1}
+        missing = [b for b in range(256) if bytes([b]) not in single]
+        if missing:
+            raise LmtrainError(
+                f"{source}: not a byte-level vocabulary: it has no token for byte {missing[0]:#04x}"
+                f" (and {len(missing) - 1} more), so that not every text could be encoded"
+            )
+        self._byte_ids = np.array([single[bytes([b])] for b in range(256)], np.int32)
+        self._only_bytes = self.vocab_size == 256 + len(self._special_ids)
+        #: int32[V]: bytes that each token stands for; 0 for special tokens
+        self.byte_lengths = np.array([len(piece) for piece in self._pieces], np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the ids: merges, vocabulary, splitting, special tokens."""
+        return hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode()).hexdigest()
+
+    def special(self, name: str) -> int:
+        """The id of a special token, "<|end|>". "<|endoftext|>" also finds what other vocabularies call theirs.
+
+        Raises:
+          LmtrainError: the vocabulary has none of that name.
+        """
+        names = _END_OF_TEXT if name == "<|endoftext|>" else (name,)
+        for candidate in names:
+            if candidate in self._special_ids:
+                return self._special_ids[candidate]
+        near = difflib.get_close_matches(name, self._special_ids, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise LmtrainError(f"{self.source}: no special token {name}.{hint} It has: {', '.join(self._special_ids) or 'none'}")
+
+    @property
+    def end(self) -> int:
+        """The id that begins and ends every document, <|endoftext|>."""
+        return self.special("<|endoftext|>")
+
+    @property
+    def pad(self) -> int:
+        """The id that fills up a last row; of no meaning to the model, since its segment is 0."""
+        return self._special_ids.get("<|pad|>", self.end)
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Ids of a text. Never a special one; bytes that are not UTF-8 (and lone surrogates) become one token each."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        """Ids of every text, int32[n] each, encoded by as many threads as `tokenizers` takes (RAYON_NUM_THREADS)."""
+        if self._only_bytes:
+            return [self._byte_ids[np.frombuffer(_as_bytes(text), np.uint8)] for text in texts]
+        # A part is a piece of valid text, or the bytes that are not.
+        parts = [list(_parts(text)) for text in texts]
+        valid = [part for text in parts for part in text if isinstance(part, str)]
+        encoded = iter(self.backend.encode_batch_fast(valid, add_special_tokens=False))
+        out = []
+        for text in parts:
+            ids = [
+                np.array(next(encoded).ids, np.int32)
+                if isinstance(part, str)
+                else self._byte_ids[np.frombuffer(part, np.uint8)]
+                for part in text
+            ]
+            out.append(ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.int32), *ids]))
+        return out
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes behind ids; special tokens stand for none."""
+        return b"".join([self._pieces[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text behind ids; what is no UTF-8 (a sample may stop within a character) becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes folder/tokenizer.json, which Hugging Face's libraries read too. Returns its path."""
+        path = Path(folder) / "tokenizer.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".json.tmp")
+        partial.write_text(self.backend.to_str(), encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+
+def train(texts: Iterable[str | bytes], vocab_size: int, limit: int = 0) -> Tokenizer:
+    """A BPE of `vocab_size` ids from texts (its first `limit` bytes; 0: all). The same texts give the same tokenizer.
+
+    Fewer ids where the texts hold too few pairs to merge.
+
+    Raises:
+      ConfigError: vocab_size leaves no room for the special tokens and the 256 bytes.
+      LmtrainError: no text at all.
+    """
+    if vocab_size < SMALLEST:
+        raise ConfigError(
+            f"vocab_size: got {vocab_size}, takes at least {SMALLEST} ({FIRST_BYTE} special tokens and the 256 bytes)"
+        )
+    seen = 0
+
+    def pieces() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            data = _as_bytes(text)
+            data = data[: limit - seen] if limit else data
+            seen += len(data)
+            yield from _cut(data.decode("utf-8", errors="ignore"))
+            if limit and seen >= limit:
+                return
+
+    backend = _backend(models.BPE(), specials=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - FIRST_BYTE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(pieces(), trainer)
+    if not seen:
+        raise LmtrainError("the tokenizer has no text to learn from: the corpus is empty")
+    merges = [tuple(m) for m in json.loads(backend.to_str())["model"]["merges"]]
+    return Tokenizer(_backend(_bpe(merges)), source="trained tokenizer")
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """No merges: a token is a byte. Vocabulary of 264."""
+    return Tokenizer(_backend(_bpe([])), source="bytes tokenizer")
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """A tokenizer from tokenizer.json, or the folder that holds one: lmtrain's own or any byte-complete BPE of Hugging Face.
+
+    Raises:
+      LmtrainError: no such file (with the nearest name), not a tokenizer, or one that cannot encode every byte.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, beside, 1)
+        hint = f" Did you mean {file.parent / near[0]}?" if near else ""
+        raise LmtrainError(f"tokenizer: no file {file}.{hint}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise LmtrainError(f"tokenizer: {file} is not a tokenizer.json: {error}") from None
+    loaded = Tokenizer(backend, source=str(file))
+    probe = "Ab 12\n    def f(x):  # \u00e9\u4e2d\U0001f600\r\n\tend  <|endoftext|>"
+    if loaded.decode(loaded.encode(probe)) != probe:
+        raise LmtrainError(f"tokenizer: {file} does not give a text back as it was; a byte-level BPE does")
+    return loaded
+
+
+def _backend(model: models.BPE, specials: bool = True) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    if specials:
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    return backend
+
+
+def _bpe(merges: Sequence[tuple[str, str]]) -> models.BPE:
+    """The model with this file's order of ids."""
+    char = _byte_chars()
+    vocab = {name: i for i, name in enumerate(SPECIALS)}
+    vocab |= {char[b]: FIRST_BYTE + b for b in range(256)}
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    return models.BPE(vocab=vocab, merges=list(merges))
+
+
+def _byte_chars() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in kept else chr(next(others)) for b in range(256)]
+
+
+def _piece_bytes(spec: dict, vocab_size: int, specials: set[int]) -> list[bytes]:
+    """The bytes of every id. Byte-level vocabularies spell bytes as characters, SentencePiece's as text and <0xNN>."""
+    byte_level = "ByteLevel" in json.dumps(spec["decoder"])
+    byte = {c: b for b, c in enumerate(_byte_chars())}
+    pieces = [b""] * vocab_size
+    vocab = spec["model"].get("vocab", {})
+    for piece, i in vocab.items() if isinstance(vocab, dict) else ():
+        if byte_level and all(c in byte for c in piece):
+            pieces[i] = bytes([byte[c] for c in piece])
+        elif not byte_level and (code := re.fullmatch(r"<0x([0-9A-F]{2})>", piece)):
+            pieces[i] = bytes([int(code[1], 16)])
+        else:
+            pieces[i] = piece.replace("\u2581", " ").encode()
+    for token in spec["added_tokens"]:
+        pieces[token["id"]] = b"" if token["id"] in specials else token["content"].encode()
+    return pieces
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
+
+
+def _parts(text: str | bytes) -> Iterator[str | bytes]:
+    """A text as pieces of valid UTF-8, and the bytes between them that are not."""
+    data = _as_bytes(text)
+    while data:
+        try:
+            yield from _cut(data.decode("utf-8"))
+            return
+        except UnicodeDecodeError as error:
+            yield from _cut(data[: error.start].decode("utf-8"))
+            yield data[error.start : error.end]
+            data = data[error.end :]
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE:
+        found = _LINE_START.search(text, start + PIECE // 2, start + 2 * PIECE)
+        stop = found.start() if found else start + PIECE
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
+
+
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")
