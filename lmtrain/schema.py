@@ -79,7 +79,7 @@ class Model:
     router_balance: float = 0.01  # weight of the load-balancing loss
     router_z: float = 0.001  # weight of the router's z-loss
     zero_init: bool = True  # matrices that write to the residual stream, and an untied output, start at zero
-    init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding or one followed by a norm, else 0.02
+    init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding, else 0.02
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
     remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
     unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 1 elsewhere

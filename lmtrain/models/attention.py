@@ -1,6 +1,6 @@
 """Attention, one function a backend, all of one meaning: causal, within a document, within a window.
 
-    B rows, T query positions, S key positions, N query heads, K key heads, G = N // K queries for each, H size of a head
+    B rows, T query positions, S key positions, N query heads, K key heads (G = N // K queries each), H size of a head
 
 | backend   | where                | segments | window | soft cap                         |
 | reference | anywhere             | yes      | yes    | yes                              |
@@ -82,7 +82,8 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_
     backend = choose(backend, where, length=T, head_dim=H, softcap=softcap, dtype=q_BTNH.dtype, mesh=mesh)
     scale = scale or H**-0.5
     if backend == "reference":
-        return reference(q_BTNH, k_BSKH, v_BSKH, visible(T, k_BSKH.shape[1], segments_BT, index_BT, window), softcap, scale)
+        mask_BTS = visible(T, k_BSKH.shape[1], segments_BT, index_BT, window)
+        return reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap, scale)
     if backend == "xla":
         return xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window, softcap, scale, mesh)
     if backend == "splash":
@@ -104,7 +105,7 @@ def visible(T: int, S: int, segments_BT: jax.Array | None, index_BT: jax.Array |
 
 # ----------------------------------------------------------------------------------------------------------- backends
 def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap: float, scale: float) -> jax.Array:
-    """Softmax attention in float32, the truth that every kernel is tested against. Rows of mask without a True give 0."""
+    """Softmax attention in float32, the truth for every kernel. Rows of the mask without a True give 0."""
     G = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x.astype(jnp.float32), G, axis=2) for x in (k_BSKH, v_BSKH))
     score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH.astype(jnp.float32), k_BSNH, precision="highest") * scale
@@ -161,7 +162,9 @@ def _query_block(T: int, whole: bool) -> int:
 def splash_refuses(length: int, mesh: jax.sharding.Mesh | None) -> str:
     """Why splash cannot run rows of this length; "" where it can."""
     ways = 1 if mesh is None else mesh.shape["context"]
-    return "" if length % (128 * ways) == 0 else f"rows in multiples of {128 * ways} (128 for each mesh.context), got {length}"
+    if length % (128 * ways):
+        return f"rows in multiples of {128 * ways} (128 for each mesh.context), got {length}"
+    return ""
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
@@ -199,7 +202,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, sca
     q_spec = spec(("batch", "length", "act_heads", "head_dim"), mesh)
     kv_spec = spec(("batch", "kv_length", "act_kv_heads", "head_dim"), mesh)
     kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec((None, "length"), mesh)))
-    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, spec(("batch", "length"), mesh), spec(("batch", "kv_length"), mesh))
+    segment_specs = (spec(("batch", "length"), mesh), spec(("batch", "kv_length"), mesh))
+    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, *segment_specs)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)(kernel, *args)
 
 
@@ -269,7 +273,7 @@ class Attention(nnx.Module):
         q = _heads(x_BTD, self.q, self.q_bias)
         k = _heads(x_BTD, self.k, self.k_bias)
         v_BTKH = _heads(x_BTD, self.v, self.v_bias)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
         kv_axes = ("batch", "kv_length", "act_kv_heads", "head_dim")

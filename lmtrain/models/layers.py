@@ -1,6 +1,6 @@
 """The parts of a decoder layer that are not attention: norms, rotary positions, the MLP.
 
-    B rows, T positions, D width, N heads, H size of a head (h its half), F hidden width of the MLP
+B rows, T positions, D width, N heads, H size of a head (h its half), F hidden width of the MLP
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
 
 
 def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, first) -> jax.Array:
-    """What the experts held here, numbered from `first`, add to each token. Static shapes: all M rows, own ones in front."""
+    """What the experts held here, numbered from `first`, add to each token. All M rows are kept, own ones in front."""
     gate, up, down = w
     B, T, D = x_BTD.shape
     k, here = cfg.experts_per_token, up.shape[0]

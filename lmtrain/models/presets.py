@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any
 
 from lmtrain.schema import ConfigError, Model, RopeScaling
 
@@ -46,7 +47,7 @@ def get(name: str) -> Model:
 
 def _llama(layers: int, width: int, heads: int, kv_heads: int, mlp: int, tied: bool, **more) -> Model:
     """Llama's way (Touvron et al. 2023): SwiGLU, RMSNorm before, no biases, no QK-norm."""
-    fields = dict(activation="swiglu", qk_norm=False, norm_eps=1e-5) | more
+    fields: dict[str, Any] = {"activation": "swiglu", "qk_norm": False, "norm_eps": 1e-5} | more
     return Model(layers=layers, width=width, heads=heads, kv_heads=kv_heads, mlp=mlp, tied=tied, **fields)
 
 
@@ -63,15 +64,16 @@ def _gemma3(layers: int, width: int, heads: int, kv_heads: int, head_dim: int, m
                  pattern="WWWWWG", window=window, tied=True, embed_scale=True, **more)  # fmt: skip
 
 
-_OPEN = {"zero_init": False, "init_scale": 0.02}  # as their makers initialise
+_OPEN: dict[str, Any] = {"zero_init": False, "init_scale": 0.02}  # as their makers initialise
 _LLAMA3_1 = RopeScaling("llama3", factor=8.0, original_length=8192, low_freq=1.0, high_freq=4.0)
+_LLAMA3_2 = dataclasses.replace(_LLAMA3_1, factor=32.0)
 _LINEAR_8 = RopeScaling("linear", factor=8.0)
 
 
 def _known() -> dict[str, Model]:
     llama3 = _OPEN | {"vocab_size": 128256, "rope_theta": 500000.0}
     return {
-        "llama3-1b": _llama(16, 2048, 32, 8, 8192, True, **llama3, rope_scaling=dataclasses.replace(_LLAMA3_1, factor=32.0)),
+        "llama3-1b": _llama(16, 2048, 32, 8, 8192, True, **llama3, rope_scaling=_LLAMA3_2),
         "llama3-8b": _llama(32, 4096, 32, 8, 14336, False, **llama3, rope_scaling=_LLAMA3_1),
         "llama3-70b": _llama(80, 8192, 64, 8, 28672, False, **llama3, rope_scaling=_LLAMA3_1),
         "qwen3-0.6b": _qwen3(28, 1024, 16, 8, 3072, True),

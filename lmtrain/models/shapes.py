@@ -62,7 +62,9 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
             f"model.pattern is {m.pattern!r}; it takes a word of G (global) and W (windowed), such as 'WWWWWG'."
         )
     if "W" in m.pattern and not m.window:
-        raise schema.ConfigError(f"model.pattern is {m.pattern!r}, but model.window is 0; set how many positions W sees.")
+        raise schema.ConfigError(
+            f"model.pattern is {m.pattern!r}, but model.window is 0; set how many positions W sees."
+        )
     if m.window and "W" not in m.pattern:
         raise schema.ConfigError(
             f"model.window is {m.window}, but model.pattern={m.pattern!r} has no windowed layer; "
@@ -73,7 +75,9 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
             f"model.experts_per_token is {m.experts_per_token}; it takes 1 to model.experts={m.experts}."
         )
     if m.shared_experts and not m.experts:
-        raise schema.ConfigError(f"model.shared_experts is {m.shared_experts}, but model.experts is 0: there is no mixture.")
+        raise schema.ConfigError(
+            f"model.shared_experts is {m.shared_experts}, but model.experts is 0: there is no mixture."
+        )
     if m.experts and m.mlp_bias:
         raise schema.ConfigError("model.mlp_bias is True, but experts (model.experts) have no biases; it takes False.")
     _check_rope(m)
@@ -99,15 +103,16 @@ def groups(cfg: schema.Model) -> tuple[int, str, str]:
 
 
 def embedding_std(cfg: schema.Model) -> float:
-    """Standard deviation of a fresh embedding."""
-    return cfg.init_scale or (1.0 if cfg.embed_norm or not cfg.tied else 0.02)
+    """Standard deviation of a fresh embedding. A tied one is the output matrix too, so its rows start short."""
+    return cfg.init_scale or (0.02 if cfg.tied else 1.0)
 
 
 def _check_rope(m: schema.Model) -> None:
     s = m.rope_scaling
     if m.rope_theta <= 1 or 0 < m.rope_local_theta <= 1:
         raise schema.ConfigError(
-            f"model.rope_theta is {m.rope_theta} and model.rope_local_theta {m.rope_local_theta}; they take numbers above 1."
+            f"model.rope_theta is {m.rope_theta} and model.rope_local_theta {m.rope_local_theta}; "
+            "they take numbers above 1."
         )
     if s.kind == "none":
         return
@@ -117,11 +122,11 @@ def _check_rope(m: schema.Model) -> None:
         )
     if s.kind == "llama3" and s.high_freq <= s.low_freq:
         raise schema.ConfigError(
-            f"model.rope_scaling.high_freq is {s.high_freq}; it takes more than model.rope_scaling.low_freq={s.low_freq}."
+            f"model.rope_scaling.high_freq is {s.high_freq}; it takes more than low_freq={s.low_freq}."
         )
     if s.kind == "yarn" and s.beta_fast <= s.beta_slow:
         raise schema.ConfigError(
-            f"model.rope_scaling.beta_fast is {s.beta_fast}; it takes more than model.rope_scaling.beta_slow={s.beta_slow}."
+            f"model.rope_scaling.beta_fast is {s.beta_fast}; it takes more than beta_slow={s.beta_slow}."
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +100,7 @@ class Ends(nnx.Module):
         return constrain(y, ("batch", "length", "act_vocab"), mesh)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _graph(cfg: schema.Model, part: str) -> nnx.GraphDef:
     return p.graph(lambda: _module(cfg, part, nnx.Rngs(params=0)))
 
@@ -138,8 +139,7 @@ def axes(cfg: schema.Model) -> Params:
         return p.axes_of(lambda: _module(cfg, part, nnx.Rngs(params=0)))
 
     def stack(kinds):
-        add = lambda a: ("layers", *a)  # noqa: E731
-        return {str(i): jax.tree.map(add, of(k), is_leaf=lambda x: isinstance(x, tuple)) for i, k in enumerate(kinds)}
+        return {str(i): jax.tree.map(lambda a: ("layers", *a), of(k), is_leaf=_is_axes) for i, k in enumerate(kinds)}
 
     _, body, tail = groups(cfg)
     tree = of("ends")
@@ -147,6 +147,10 @@ def axes(cfg: schema.Model) -> Params:
     if tail:
         tree["tail"] = stack(tail)
     return tree
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
 
 
 def shapes(cfg: schema.Model) -> Params:
@@ -170,10 +174,8 @@ def flops_per_token(cfg: schema.Model, row_length: int) -> float:
     and the embedding's look-up not at all, and 12 N H T for the scores of every layer (Chowdhery et al. 2022, appendix
     B; the causal half not taken off, by everybody's convention), T at most the window in windowed layers.
     """
-    tree, names = shapes(cfg), axes(cfg)
-    vectors = 0
-    for leaf, name in zip(jax.tree.leaves(tree), jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
-        vectors += leaf.size if len([n for n in name if n != "layers"]) == 1 else 0
+    dims = jax.tree.map(lambda a: len([name for name in a if name != "layers"]), axes(cfg), is_leaf=_is_axes)
+    vectors = sum(leaf.size for leaf, d in zip(*map(jax.tree.leaves, (shapes(cfg), dims)), strict=True) if d == 1)
     n = count(cfg)
     matrices = n["active"] - vectors - (0 if cfg.tied else n["embedding"])
     kinds = (cfg.pattern * cfg.layers)[: cfg.layers]
@@ -193,7 +195,7 @@ def unstack(params: Params) -> Params:
 
 
 def _slices(stack: Any) -> list[Any]:
-    """A stacked tree as a list of trees. lax.split, since its gradient is one concatenation, not a sum of padded parts."""
+    """A stacked tree as a list of trees. By lax.split: its gradient is one concatenation, not a sum of padded parts."""
     leaves, structure = jax.tree.flatten(stack)
     parts = [[x.squeeze(0) for x in jax.lax.split(leaf, [1] * leaf.shape[0], axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, group) for group in zip(*parts, strict=True)]
@@ -285,8 +287,9 @@ class Forward:
                 aux += a
             return x_BTD, aux, None if cache is None else out
 
-        loop = isinstance(params["layers"], tuple) or self._unroll(count) >= count
-        run = functools.partial(group, body)
+        unstacked = isinstance(params["layers"], tuple) or (cache is not None and isinstance(cache["layers"], tuple))
+        loop = unstacked or self.loops(count)
+        run: Callable[..., Any] = functools.partial(group, body)
         if cfg.remat != "none":
             policies = jax.checkpoint_policies
             policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else policies.nothing_saveable
@@ -322,6 +325,10 @@ class Forward:
 
     def _ends(self, params: Params) -> Ends:
         return p.merge(_graph(self.cfg, "ends"), {k: v for k, v in params.items() if k not in ("layers", "tail")})
+
+    def loops(self, count: int) -> bool:
+        """Whether so many layer groups are traced one after the other, not scanned."""
+        return self._unroll(count) >= count
 
     def _unroll(self, count: int) -> int:
         if self.cfg.unroll:
