@@ -104,7 +104,7 @@ class Data:
     heldout_fraction: float = 0.05
     heldout_rows: int = 256  # rows of the fixed held-out set that are scored; 0: all
     limit: int = 0  # read at most so many documents; 0: all
-    workers: int = 0  # threads that read ahead; 0: chosen by Grain
+    workers: int = 0  # threads that read ahead; 0: two
     cache: str = ""  # folder for tokenised shards; "": data/ of the run
 
 

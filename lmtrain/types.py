@@ -12,6 +12,8 @@ Arrays are named by their shape, one capital letter a dimension, last in the nam
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -55,3 +57,9 @@ class LmtrainError(Exception):
 
     The message says what, where, what was expected, and the nearest valid name.
     """
+
+
+def nearest(got: str, names: Iterable[str]) -> str:
+    """The end of an error message: " Did you mean NAME?", or "" where no name is near."""
+    near = difflib.get_close_matches(got, sorted(names), 1)
+    return f" Did you mean {near[0]}?" if near else ""
