@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from lmtrain import checkpoint, config, engine, log, schema, train
 from lmtrain import mesh as mesh_lib
-from lmtrain.data import pipeline, sources
+from lmtrain.data import pipeline, shards, sources
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
@@ -170,12 +170,26 @@ def preflight(e: schema.Experiment, mesh: Mesh) -> None:
                 if stage.model.vocab_size:
                     mesh_lib.check_shapes(shapes, axes, mesh)
                 optim.make(stage.optim, stage.steps, axes)
-                pipeline.check_batch(stage.batch_size, stage.accumulate, stage.data.row_length, mesh)
-                sources.check(stage.data)
-            elif stage.data is not None:
-                sources.check(stage.data)
+                check_batch(stage, mesh)
+            if stage.data is not None:
+                for document in shards.members(stage.data).values():
+                    next(sources.read(document), None)
         except LmtrainError as error:
             raise type(error)(f"stages.{name}: {error}") from None
+
+
+def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
+    """Refuses a batch that does not split evenly over microbatches and devices, or rows over the context axis."""
+    ways, context = stage.accumulate * mesh_lib.batch_shards(mesh), mesh.shape["context"]
+    if stage.batch_size % ways:
+        raise schema.ConfigError(
+            f"batch_size is {stage.batch_size}, but must be a multiple of {ways}: accumulate={stage.accumulate} times "
+            f"the {ways // stage.accumulate} ways that mesh.data, fsdp and expert split it."
+        )
+    if stage.data.row_length % context:
+        raise schema.ConfigError(
+            f"data.row_length is {stage.data.row_length}, which mesh.context={context} does not divide."
+        )
 
 
 def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
@@ -196,8 +210,10 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
         elif cfg.kind == "file":
             tok = tokenizer_lib.load(pathlib.Path(cfg.path))
         elif cfg.kind == "bpe":
-            log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {sources.describe(data)}")
-            tok = tokenizer_lib.train(tokenizer_lib.sample(sources.read(data), cfg.train_bytes), cfg.vocab_size)
+            names = ", ".join(f"{m.source} {m.path}".strip() for m in shards.members(data).values())
+            log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {names}")
+            texts = (document.text for document in shards.documents(data))
+            tok = tokenizer_lib.train(texts, cfg.vocab_size, limit=cfg.train_bytes)
         else:
             raise schema.ConfigError(
                 f"tokenizer.kind: {config.unknown(cfg.kind, ('bpe', 'bytes', 'file'), 'a kind of tokenizer')}"
@@ -229,16 +245,16 @@ def training_stage(
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
         return load(here)
 
-    cache = pathlib.Path(cfg.data.cache) if cfg.data.cache else folder / "data"
-    source, heldout = pipeline.build(
-        cfg.data, tok, batch_size=cfg.batch_size, seed=e.seed, folder=cache, name=f"stages.{name}.data"
-    )
+    try:
+        source, heldout = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data")
+    except LmtrainError as error:
+        raise type(error)(f"stages.{name}: {error}") from None
     if jax.process_index() == 0:
         here.mkdir(parents=True, exist_ok=True)
         write_json(here / "config.json", settings)
     counted = transformer.count(model)
     log.say(
-        f"{here}: {counted['total']:,} parameters, {source.describe()}, "
+        f"{here}: {counted['total']:,} parameters, {source.shards.summary()}, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
@@ -257,11 +273,11 @@ def training_stage(
         model=model,
         source=source,
         loss=config.resolve(cfg.objective, "lmtrain.objectives", "objective"),
-        heldout=heldout.batches,
+        heldout=list(heldout.batches()),
         heldout_bytes=heldout.bytes,
         initial=initial_params(cfg, model, folder, before, mesh),
         sample=sample if cfg.samples else None,
-        meta={"config": settings, "tokenizer": tok.to_json()},
+        meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
     state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
     done = Run(folder, name, settings, model, tok, state.params, cfg.steps)
@@ -347,7 +363,8 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
     if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
         raise LmtrainError(
             f"{here}: the checkpoint was trained with tokenizer {stored['tokenizer_sha256'][:12]}, but "
-            f"{here.parent}/tokenizer is {settings['tokenizer_sha256'][:12]}. Put the first one back, or start another --workdir."
+            f"{here.parent}/tokenizer is {settings['tokenizer_sha256'][:12]}. Put the first one back, or start another "
+            "--workdir."
         )
     old, new = flatten(stored), flatten(settings)
     for key in sorted(old.keys() | new.keys()):
