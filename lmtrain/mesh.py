@@ -1,7 +1,7 @@
 """The mesh of devices, and the one table that says which axis of an array lies along which axis of the mesh.
 
-Arrays name their dimensions ("embed", "heads", "batch", ...; the *logical* axes). `RULES` maps each to the mesh axes that
-split it; `spec` applies the table to one array. Nothing else in lmtrain writes a PartitionSpec by hand.
+Arrays name their dimensions ("embed", "heads", "batch", ...: the *logical* axes). `RULES` maps each to the mesh axes
+that split it; `spec` applies the table to one array. Nothing else in lmtrain writes a PartitionSpec by hand.
 
 The mesh has Auto axes: the compiler propagates shardings, and `constrain` pins them where it would guess wrong.
 """
@@ -9,6 +9,7 @@ The mesh has Auto axes: the compiler propagates shardings, and `constrain` pins 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 #: The mesh axes that split the rows of a batch.
 BATCH_AXES = ("data", "fsdp", "expert")
 
-#: Logical axis -> the mesh axes that split it. One that is split nowhere is listed too, so that a typing error is found.
+#: Logical axis -> the mesh axes that split it. Those split nowhere are listed too, so that a misspelt one is found.
 RULES: dict[str, tuple[str, ...]] = {
     # of parameters
     "layers": (),
@@ -64,22 +65,23 @@ def resolve(cfg: schema.Mesh, device_count: int) -> dict[str, int]:
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
-            raise schema.ConfigError(f"mesh.{axis} is {size}; it takes a size of at least 1, or -1 for what the others leave.")
+            raise schema.ConfigError(f"mesh.{axis} is {size}; it takes at least 1, or -1 for what the others leave.")
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise schema.ConfigError(f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what the others leave.")
+        raise schema.ConfigError(f"mesh.{' and mesh.'.join(free)} are -1; only one axis can take what is left.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    said = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "1"
+    said = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "every axis 1"
     if free:
         if device_count % fixed:
             raise schema.ConfigError(
-                f"mesh: {said} = {fixed} does not divide the {device_count} devices that are here, so mesh.{free[0]}=-1 "
-                f"has no size. Divisors of {device_count}: {_divisors(device_count)}."
+                f"mesh: {said} asks for a multiple of {fixed} devices, but {device_count} are here. The sizes other "
+                f"than mesh.{free[0]}=-1 should multiply to one of {_divisors(device_count)}."
             )
         sizes[free[0]] = device_count // fixed
     elif fixed != device_count:
         raise schema.ConfigError(
-            f"mesh: {said} = {fixed}, but {device_count} devices are here. Set one axis to -1 (mesh.data=-1) to take what the others leave."
+            f"mesh: {said} asks for {fixed} devices, but {device_count} are here. "
+            "Set one axis to -1 (mesh.data=-1) to take what the others leave."
         )
     return sizes
 
@@ -87,8 +89,8 @@ def resolve(cfg: schema.Mesh, device_count: int) -> dict[str, int]:
 def make(cfg: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of a configuration, over all devices of all processes (or those given).
 
-    Neighbours on the inner axes are neighbours on the fast network. Where the devices form several slices, the data axis
-    spans them and every other axis stays within one.
+    Neighbours on the inner axes are neighbours on the fast network. Where the devices form several slices, the data
+    axis spans them and every other axis stays within one.
 
     Raises:
       ConfigError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
@@ -102,9 +104,9 @@ def make(cfg: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return _auto(array)
     if networks < 1 or (slices > 1 and networks != slices):
-        raise schema.ConfigError(f"mesh.dcn_data is {networks}, but the devices form {slices} slices; set it to {slices}.")
+        raise schema.ConfigError(f"mesh.dcn_data is {networks}, but the devices form {slices} slices; set it to that.")
     if sizes["data"] % networks:
-        raise schema.ConfigError(f"mesh.data is {sizes['data']}, which the {networks} slices of mesh.dcn_data do not divide.")
+        raise schema.ConfigError(f"mesh.data is {sizes['data']}, which mesh.dcn_data={networks} does not divide.")
     inner = (sizes["data"] // networks, *shape[1:])
     outer = (networks, 1, 1, 1, 1)
     if slices == networks:
@@ -183,8 +185,8 @@ def check_shapes(shapes_tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> N
             for axis in (split,) if isinstance(split, str) else split or ():
                 if size % mesh.shape[axis]:
                     raise schema.ConfigError(
-                        f"mesh.{axis} is {mesh.shape[axis]}, which does not divide dimension {name!r} = {size} of parameter "
-                        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}. "
+                        f"mesh.{axis} is {mesh.shape[axis]}, which does not divide dimension {name!r} = {size} of "
+                        f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}. "
                         f"mesh.{axis} could be one of {_divisors(math.gcd(size, mesh.size))}."
                     )
 
@@ -201,11 +203,12 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+@functools.lru_cache(maxsize=16)  # asked for at every batch, and slow for thousands of devices
 def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count): which of how many equal parts of the global batch a process feeds.
 
-    Processes that hold the same rows (the tensor or context axis spans them) have the same index, so a data pipeline that
-    is told these two numbers feeds them the same rows.
+    Processes that hold the same rows (the tensor or context axis spans them) have the same index, so a data pipeline
+    that is told these two numbers feeds them the same rows.
     """
     process = jax.process_index() if process is None else process
     rows = batch_shards(mesh)
@@ -215,23 +218,26 @@ def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int
         owned.setdefault(device.process_index, set()).update(range(rows)[part])
     parts = sorted({tuple(sorted(p)) for p in owned.values()})
     if sum(map(len, parts)) != rows or len({len(p) for p in parts}) != 1:
-        raise schema.ConfigError(f"mesh {dict(mesh.shape)}: processes hold unequal or overlapping parts of the batch; use another order of sizes.")
+        raise schema.ConfigError(
+            f"mesh {dict(mesh.shape)}: its processes hold unequal or overlapping parts of the batch. "
+            "Choose sizes where one process's devices are a multiple or a divisor of tensor * context."
+        )
     return parts.index(tuple(sorted(owned[process]))), len(parts)
 
 
 def batch_axes(name: str, ndim: int) -> Axes:
-    """Logical axes of a batch's array, read from the shape in its name: B is `batch`, T is `length`, the rest unsplit."""
+    """Logical axes of a batch's array, read off the shape in its name: B is `batch`, T `length`, the rest unsplit."""
     letters = name.rsplit("_", 1)[-1]
     if not (letters.isalpha() and letters.isupper() and len(letters) == ndim):
-        raise ValueError(f"batch[{name!r}] has {ndim} dimensions; its name should end in _ and one capital letter for each")
+        raise ValueError(f"batch[{name!r}] has {ndim} dimensions; its name should end in _ and one capital for each")
     return tuple({"B": "batch", "T": "length"}.get(letter) for letter in letters)
 
 
 def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     """This process's part of a batch (NumPy) -> the global batch, split over the mesh.
 
-    Every array's name ends in its shape (`tokens_BT`): B is split over data, fsdp and expert, T over context. Each process
-    passes its own rows (see `share`), of the full length T.
+    Every array's name ends in its shape (`tokens_BT`): B is split over data, fsdp and expert, T over context. Each
+    process passes its own rows (see `share`), of the full length T.
 
     Raises:
       ConfigError: where the rows or positions do not divide.
@@ -245,8 +251,8 @@ def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
         for axis, n in zip(axes, shape, strict=True):
             ways = {"batch": batch_shards(mesh), "length": mesh.shape["context"]}.get(axis or "", 1)
             if n % ways:
-                what = {"batch": "batch_size: rows", "length": "data.row_length: positions"}[axis]
+                what = {"batch": "batch_size: the rows", "length": "data.row_length: the positions"}[axis]
                 over = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in RULES[axis] if mesh.shape[a] > 1)
-                raise schema.ConfigError(f"{what} of {name} are {n}, which {over} = {ways} does not divide; take a multiple of {ways}.")
+                raise schema.ConfigError(f"{what} of {name} are {n}, not a multiple of {ways} ({over}).")
         out[name] = jax.make_array_from_process_local_data(sharding(axes, mesh), x, shape)
     return out

@@ -1,0 +1,226 @@
+"""The optax chain: clip, optimizer, weight decay, learning rate by schedule.
+
+The default is Muon for the matrices of the layers, beside AdamW for everything else. Which is which, and which
+dimensions of a matrix are its input and its output, is read from the parameters' logical axes, never from their names
+(see `matrix`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmtrain import schema
+
+Axes = tuple[str | None, ...]
+Schedule = Callable[[Any], jax.Array]
+
+#: Dimensions that only stack independent matrices: each layer's, each expert's, and those without a name.
+STACKED = ("layers", "experts", None)
+
+#: Dimensions that are one vector space together: a query matrix maps `embed` to `heads` x `head_dim`.
+HEADS = ("heads", "kv_heads", "head_dim")
+
+#: Optimizers for which b1, b2, eps of the configuration are the defaults. Others keep optax's own.
+ADAMS = ("adam", "adamw", "nadam", "nadamw")
+
+
+def make(cfg: schema.Optim, steps: int, axes_tree: Any) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer of a stage.
+
+    Args:
+      cfg: its settings.
+      steps: updates of the whole stage, over which the schedule runs.
+      axes_tree: the parameters' tree, with a tuple of logical axes for each.
+
+    Returns:
+      (tx, schedule): tx takes mean gradients and gives updates to add to the parameters. schedule(step) is the learning
+      rate at that step; Muon's own follows the same curve, times muon_lr / lr.
+
+    Raises:
+      ConfigError: unknown optimizer, argument or schedule, or a number out of range.
+    """
+    _check(cfg)
+    curve = shape(cfg, steps)
+
+    def schedule(step):
+        return cfg.lr * curve(step)
+
+    if cfg.name == "muon":
+        tx = _muon(cfg, curve, axes_tree)
+    else:
+        tx = _named(cfg, schedule, axes_tree)
+    return (optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx), schedule
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+def shape(cfg: schema.Optim, steps: int) -> Schedule:
+    """The schedule's curve: step (0 is the first update) -> share of the learning rate, in (0, 1], float32.
+
+    Every schedule rises linearly over the warm-up; then
+      constant  stays at 1
+      linear    falls to `final` at the last step
+      cosine    falls to `final` along half a cosine (Loshchilov and Hutter 2017)
+      wsd       stays at 1, falls linearly to `final` over the last `decay` steps (warmup-stable-decay; Hu et al. 2024)
+    """
+    warmup = _count(cfg.warmup, steps)
+    decay = _count(cfg.decay, steps)
+
+    def curve(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        if cfg.schedule == "constant":
+            return rise
+        begin = max(warmup, steps - decay) if cfg.schedule == "wsd" else warmup
+        done = jnp.clip((step - begin) / max(steps - begin, 1), 0.0, 1.0)
+        left = 0.5 * (1 + jnp.cos(jnp.pi * done)) if cfg.schedule == "cosine" else 1.0 - done
+        return rise * (cfg.final + (1 - cfg.final) * left)
+
+    return curve
+
+
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
+
+
+def _count(amount: float, steps: int) -> int:
+    """Steps meant by a number: a share of all steps if it is below 1, else steps."""
+    return min(steps, round(amount * steps) if amount < 1 else round(amount))
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+def matrix(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
+    """How a parameter of these logical axes is a stack of matrices in x W = y; None where it is none.
+
+    `layers`, `experts` and unnamed dimensions stack; neighbouring head dimensions count as one. What then has two
+    dimensions is a matrix: the first is its input, the second its output. Embedding and output head (`vocab`) are left
+    out, since their gradients are rows for single tokens; so is the router, whose `experts` are its output and last.
+
+      ("layers", "embed", "heads", "head_dim")   in 1, out 2, 3
+      ("layers", "heads", "head_dim", "embed")   in 1, 2, out 3
+      ("layers", "experts", "embed", "mlp")      in 2, out 3
+      ("layers", "heads", "head_dim")            None: a bias
+    """
+    if "vocab" in axes or (axes and axes[-1] == "experts"):
+        return None
+    groups: list[list[int]] = []
+    for i, name in enumerate(axes):
+        if name in STACKED:
+            continue
+        if groups and name in HEADS and axes[groups[-1][-1]] in HEADS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    if len(groups) != 2:
+        return None
+    return optax.contrib.MuonDimensionNumbers(tuple(groups[0]), tuple(groups[1]))
+
+
+def matrices(axes_tree: Any) -> Any:
+    """The same tree, True where weight decay (and Muon) applies."""
+    return jax.tree.map(lambda axes: matrix(axes) is not None, axes_tree, is_leaf=_is_axes)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+
+# --------------------------------------------------------------------------------------------------------- optimizers
+def _muon(cfg: schema.Optim, curve: Schedule, axes_tree: Any) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for matrices, AdamW for the rest, one schedule for both.
+
+    Updates are orthogonal matrices times sqrt(max(1, out / in)), Jordan's scale; `optim.args.consistent_rms=0.2` takes
+    that of Liu et al. 2025 (arXiv 2502.16982) instead, with which AdamW's learning rates fit. optax.contrib.muon has an
+    Adam of its own that inherits Muon's Nesterov momentum: the partition here keeps the rest to plain AdamW.
+    """
+    settings = {
+        "learning_rate": lambda step: cfg.muon_lr * curve(step),
+        "beta": cfg.momentum,
+        "weight_decay": cfg.weight_decay,
+        "muon_weight_dimension_numbers": lambda params: jax.tree.map(
+            lambda axes: matrix(axes) or optax.MaskedNode(), axes_tree, is_leaf=_is_axes
+        ),
+    }
+    takes = [n for n in inspect.signature(optax.contrib.muon).parameters if not n.startswith("adam_")]
+    muon = optax.contrib.muon(**settings, **_arguments(cfg, takes, settings))
+    adam = optax.adamw(lambda step: cfg.lr * curve(step), cfg.b1, cfg.b2, cfg.eps, weight_decay=0.0)
+    labels = jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", matrices(axes_tree))
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _named(cfg: schema.Optim, schedule: Schedule, axes_tree: Any) -> optax.GradientTransformation:
+    """Any optimizer of optax or optax.contrib, by name."""
+    make_tx = getattr(optax, cfg.name, None) or getattr(optax.contrib, cfg.name, None)
+    if cfg.name not in names():
+        raise schema.ConfigError(_unknown("optim.name", cfg.name, names()))
+    takes = list(inspect.signature(make_tx).parameters)
+    settings: dict[str, Any] = {"learning_rate": schedule}
+    # The configuration's b1, b2 and eps are AdamW's. They reach another optimizer only where they were changed.
+    defaults = schema.Optim()
+    for field in ("b1", "b2", "eps"):
+        changed = getattr(cfg, field) != getattr(defaults, field)
+        if field in takes and (changed or cfg.name in ADAMS) and field not in cfg.args:
+            settings[field] = getattr(cfg, field)
+        elif changed and field not in takes:
+            raise schema.ConfigError(f"optim.{field} is {getattr(cfg, field)}, but {cfg.name} takes none.")
+    decay = next((n for n in ("weight_decay", "weight_decay_rate") if n in takes), None)
+    mask = next((n for n in ("mask", "weight_decay_mask") if n in takes), None)
+    if decay and decay not in cfg.args and (mask or not cfg.weight_decay):
+        settings[decay] = cfg.weight_decay or (None if decay == "weight_decay_rate" else 0.0)
+    elif cfg.weight_decay:
+        how = f"only of all parameters alike: set optim.args.{decay}" if decay else "not: set it to 0"
+        raise schema.ConfigError(f"optim.weight_decay is {cfg.weight_decay}, but {cfg.name} decays {how}.")
+    if mask:
+        settings[mask] = matrices(axes_tree)
+    try:
+        tx = make_tx(**settings, **_arguments(cfg, takes, settings))
+        # Some want more than gradients (the loss, a Hessian): found out here, not at the first step.
+        tiny = jax.tree.map(lambda axes: jnp.zeros((2,) * len(axes)), axes_tree, is_leaf=_is_axes)
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), tiny)
+    except (TypeError, ValueError, KeyError) as error:
+        raise schema.ConfigError(f"optim.name is {cfg.name!r}, which does not work so: {error}") from error
+    return tx
+
+
+def names() -> list[str]:
+    """Every optimizer that `optim.name` takes: the functions of optax and optax.contrib that begin with a learning rate."""
+    found = set()
+    for module in (optax, optax.contrib):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and not name.startswith(("_", "scale_by_")):
+                if next(iter(inspect.signature(function).parameters), "") == "learning_rate":
+                    found.add(name)
+    return sorted(found)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+def _arguments(cfg: schema.Optim, takes: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """optim.args, each a keyword of the optimizer that no field sets already."""
+    free = [n for n in takes if n not in settings]
+    for name in cfg.args:
+        if name not in free:
+            raise schema.ConfigError(_unknown(f"optim.args ({cfg.name})", name, free))
+    return dict(cfg.args)
+
+
+def _unknown(field: str, got: str, valid: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(got, valid, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{field}: there is no {got!r}.{hint} (valid: {', '.join(valid)})"
+
+
+def _check(cfg: schema.Optim) -> None:
+    if cfg.schedule not in SCHEDULES:
+        raise schema.ConfigError(_unknown("optim.schedule", cfg.schedule, SCHEDULES))
+    limits = {"b1": (0, 1), "b2": (0, 1), "momentum": (0, 1), "final": (0, 1), "lr": (0, None), "muon_lr": (0, None)}
+    limits |= {"warmup": (0, None), "decay": (0, None), "weight_decay": (0, None), "clip": (0, None), "eps": (0, None)}
+    for field, (low, high) in limits.items():
+        value = getattr(cfg, field)
+        if not low <= value <= (float("inf") if high is None else high):
+            takes = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise schema.ConfigError(f"optim.{field} is {value}; it takes a number of {takes}.")
