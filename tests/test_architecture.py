@@ -1,0 +1,78 @@
+"""Who may import whom. A room that reaches where it should not is found here, before it becomes a habit."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BASE = {"types", "schema", "config", "mesh", "log"}
+ROOMS = {
+    "types": set(),
+    "schema": {"types"},
+    "config": {"types", "schema"},
+    "mesh": {"types", "schema"},
+    "log": {"types", "schema", "mesh"},
+    "data": BASE,
+    "models": BASE,
+    "optim": BASE,
+    "objectives": {"types", "schema"},
+    "step": {"types", "schema", "mesh", "optim"},
+    "checkpoint": {"types", "schema", "mesh", "optim", "log"},
+    "engine": BASE | {"models"},
+    "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
+    "train": BASE
+    | {"data", "models", "objectives", "optim", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
+}
+ANYTHING = {"experiment", "cli", "report", "bench", "plan", "serve", "__init__"}
+# Read when they are called, so that a configuration can name a preset or an objective by its name.
+LAZY = {("config", "models.presets")}
+
+
+def imports(file):
+    """(room of the importer, dotted path inside lmtrain of what it imports)."""
+    inside = file.relative_to(ROOT / "lmtrain").with_suffix("")
+    room = inside.parts[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lmtrain":
+            base = node.module.split(".")[1:]
+            for name in node.names:
+                yield room, ".".join([*base, name.name])
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == "lmtrain":
+                    yield room, ".".join(name.name.split(".")[1:])
+
+
+FILES = sorted((ROOT / "lmtrain").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(file):
+    for room, target in imports(file):
+        to = target.split(".")[0]
+        if room in ANYTHING or to == room or (room, target) in LAZY:
+            continue
+        assert room in ROOMS, f"{file}: the room {room!r} has no rule; give it one in this test"
+        allowed = any(target == a or target.startswith(f"{a}.") for a in ROOMS[room])
+        assert allowed, f"{file}: {room} may not import lmtrain.{target}"
+
+
+def test_experiments_are_never_imported_by_the_package():
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [n.name for n in node.names] if isinstance(node, ast.Import) else []
+            assert not any(n.split(".")[0] in ("experiments", "tests") for n in names), file
+
+
+def test_no_file_is_longer_than_a_sitting():
+    long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_nothing_knows_the_machine_it_was_written_on():
+    for file in [*FILES, *ROOT.glob("*.*"), *ROOT.glob("experiments/*"), *ROOT.glob("tests/**/*.py")]:
+        if file.is_file() and file != pathlib.Path(__file__):
+            text = file.read_text(errors="replace")
+            assert "/work/" not in text and "/root/" not in text, file
