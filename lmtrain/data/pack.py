@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lmtrain.data.store import Stream
 from lmtrain.types import Batch
 
 
@@ -17,8 +18,8 @@ def count(tokens: int, row_length: int) -> int:
     return -(-tokens // row_length)
 
 
-def window(stream, row: int, row_length: int, end: int) -> np.ndarray:
-    """The up to T+1 tokens of one row of a `Stream` (anything with len() and read(start, stop)); shorter in the last row."""
+def window(stream: Stream, row: int, row_length: int, end: int) -> np.ndarray:
+    """The up to T+1 tokens that one row reads and is asked for; fewer in a last row that is not full."""
     start = row * row_length
     tokens = stream.read(start, start + row_length + 1)
     # Behind the last document stands one more <|endoftext|>, its last token's target.
@@ -26,11 +27,11 @@ def window(stream, row: int, row_length: int, end: int) -> np.ndarray:
 
 
 def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batch:
-    """Rows from their windows, int16/32 [up to T+1] each; an empty one gives a row of padding.
+    """Rows from their windows, int [up to T+1] each; an empty one gives a row of padding.
 
     Returns:
-      tokens_BT, targets_BT, segments_BT, positions_BT int32, weights_BT float32. Segments count 1, 2, ... within a row, and
-      positions restart at 0 with each; padding has segment, position and weight 0.
+      tokens_BT, targets_BT, segments_BT, positions_BT int32, weights_BT float32. Segments count 1, 2, ... within a row,
+      and positions restart at 0 with each; padding has segment, position and weight 0.
     """
     B, T = len(windows), row_length
     ids_BS = np.full((B, T + 1), pad, np.int32)

@@ -1,7 +1,7 @@
 """Batches, forever: shuffle by seed, mix by weight, this process's rows, prefetch. Grain underneath.
 
-The order of rows is a function of (corpus, row length, weights, seed) alone. Process p of P takes the p-th block of every
-global batch, so the state, the number of rows given out so far, suits any number of processes and any batch size.
+The order of rows is a function of (corpus, row length, weights, seed) alone. Process p of P takes the p-th block of
+every global batch, so the state, the number of rows given out so far, suits any number of processes and any batch size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lmtrain.data import pack, shards
-from lmtrain.data.shards import Shards
+from lmtrain.data.store import Shards, Stream
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import Batch, LmtrainError, Params
@@ -35,8 +35,6 @@ def build(
     Raises:
       ConfigError, LmtrainError: settings, files or sizes that cannot be, each in one message.
     """
-    if data.row_length < 1:
-        raise ConfigError(f"data.row_length: got {data.row_length}, takes a number of tokens from 1 up")
     prepared = shards.prepare(data, tokenizer, folder, progress)
     return Pipeline(prepared, data, tokenizer, batch_size, seed), Heldout(prepared, data, tokenizer, batch_size)
 
@@ -126,7 +124,7 @@ class Pipeline:
         return grain.MapDataset.source(batches).to_iter_dataset(options)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Batches:
     """Batch i of process p, by number: what Grain's threads read ahead from."""
 
@@ -148,7 +146,7 @@ class _Batches:
 class _Table:
     """All rows of some streams, by (stream, row)."""
 
-    def __init__(self, streams: list[shards.Stream], row_length: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, streams: list[Stream], row_length: int, tokenizer: Tokenizer) -> None:
         self.streams = streams
         self.row_length = row_length
         self.end, self.pad = tokenizer.end, tokenizer.pad
@@ -165,7 +163,7 @@ class _Table:
 
 
 class Heldout:
-    """The held-out rows that are scored: `data.heldout_rows` of them, evenly spread over all (0: every one), always the same.
+    """The held-out rows that are scored: `data.heldout_rows`, evenly spread over all (0: every one), always the same.
 
     Attributes:
       rows: how many rows are scored.
@@ -190,8 +188,9 @@ class Heldout:
         available = sum(map(len, self._table.streams))
         if available < data.row_length:
             raise LmtrainError(
-                f"data.heldout_fraction={data.heldout_fraction} ({data.heldout}) holds out {available} tokens, fewer than one row"
-                f" of data.row_length={data.row_length}: raise the fraction, shorten the rows, or give more text"
+                f"data.heldout_fraction={data.heldout_fraction} (data.heldout={data.heldout}) holds out {available}"
+                f" tokens, fewer than one row of data.row_length={data.row_length}: raise the fraction, shorten the rows,"
+                " or give more text"
             )
         picks = [(member, row) for member, rows in enumerate(self._table.rows) for row in range(rows)]
         self.rows = min(data.heldout_rows or len(picks), len(picks))

@@ -1,13 +1,12 @@
 """Documents from where they lie. One generator a source; each yields Documents, always in the same order.
 
-Another source is a function in your own package: `data.source="package.module:function"`, called with the Data, yielding
-str, bytes or Documents.
+Another source is a function in your own package: `data.source="package.module:function"`, called with the Data,
+yielding str, bytes or Documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import glob
 import gzip
 import importlib
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.schema import ConfigError, Data
-from lmtrain.types import LmtrainError
+from lmtrain.types import LmtrainError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Document:
     Attributes:
       text: str, or bytes where it need not be UTF-8.
       name: where it came from, for messages.
-      key: what decides whether it is held out; None: the text itself. Documents that repeat one another in other words (a
-        module's documentation and its source) share a key, so that one side never gives the other away.
+      key: what decides whether it is held out; None: the text itself. Documents that repeat one another in other words
+        (a module's documentation and its source) share a key, so that one side never gives the other away.
     """
 
     text: str | bytes
@@ -63,13 +62,12 @@ def open_source(data: Data, field: str = "data") -> Callable[[Data], Iterable[An
     """The function behind `data.source`: one of SOURCES, or a dotted path."""
     if data.source in SOURCES:
         if data.source != "stdlib" and not data.path:
-            raise ConfigError(f"{field}.path: source {data.source} takes a file, folder{' or name' * (data.source == 'hf')}; got none")
+            raise ConfigError(f"{field}.path: not set; source {data.source} takes a file, folder or glob (hf: or a name)")
         return SOURCES[data.source]
     if ":" not in data.source:
-        near = difflib.get_close_matches(data.source, SOURCES, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"{field}.source: got {data.source!r}, takes {', '.join(SOURCES)} or 'package.module:function'.{hint}"
+            f"{field}.source: got {data.source!r}, takes {', '.join(SOURCES)} or 'package.module:function'."
+            f"{nearest(data.source, SOURCES)}"
         )
     module_name, _, name = data.source.partition(":")
     try:
@@ -78,13 +76,11 @@ def open_source(data: Data, field: str = "data") -> Callable[[Data], Iterable[An
         raise ConfigError(f"{field}.source: cannot import {module_name} of {data.source!r}: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        near = difflib.get_close_matches(name, dir(module), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{field}.source: {module_name} has no function {name!r}.{hint}")
+        raise ConfigError(f"{field}.source: {module_name} has no function {name!r}.{nearest(name, dir(module))}")
     return function
 
 
-def inputs(data: Data) -> list[tuple[str, int, int]]:
+def inputs(data: Data, field: str = "data") -> list[tuple[str, int, int]]:
     """(path, size, mtime in ns) of every file that a source reads: a change of one gives other shards.
 
     A name on the hub has no files here; its settings alone stand for it.
@@ -96,7 +92,7 @@ def inputs(data: Data) -> list[tuple[str, int, int]]:
     elif data.source in SOURCES:
         paths = find(data.path) if data.source != "hf" or os.path.exists(data.path) else []
     else:
-        code = getattr(sys.modules[open_source(data).__module__], "__file__", None)
+        code = getattr(sys.modules[open_source(data, field).__module__], "__file__", None)
         paths = [Path(code)] if code else []
         paths += find(data.path) if data.path and os.path.exists(data.path) else []
     stats = [(str(path), path.stat()) for path in paths]
@@ -113,7 +109,8 @@ def find(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.relative_to(path).parts)]
+        files = (p for p in path.rglob("*") if p.is_file())
+        found = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
     if found:
@@ -123,19 +120,19 @@ def find(pattern: str) -> list[Path]:
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
-    near = difflib.get_close_matches(path.name, sorted(p.name for p in parent.iterdir()), 1)
-    hint = f" Did you mean {parent / near[0]}?" if near else ""
+    hint = nearest(str(path), [str(p) for p in parent.iterdir()])
     raise LmtrainError(f"data.path: no such file, folder or glob: {pattern}.{hint}")
 
 
 def stdlib_source(data: Data) -> Iterator[Document]:
-    """The embedded corpus: documentation ("docs") and source text ("source") of the Python that runs this, or both ("")."""
+    """The embedded corpus, of the Python that runs this: documentation ("docs"), source text ("source"), or both ("")."""
     from lmtrain.data import stdlib
 
     if data.path not in stdlib.PARTS:
-        near = difflib.get_close_matches(data.path, stdlib.PARTS, 1)
-        hint = f" Did you mean {near[0]!r}? To read your own files, set data.source='text'." if near else ""
-        raise ConfigError(f"data.path: source stdlib takes 'docs', 'source' or '' for both; got {data.path!r}.{hint}")
+        raise ConfigError(
+            f"data.path: source stdlib takes 'docs', 'source' or '' for both, got {data.path!r}."
+            f"{nearest(data.path, stdlib.PARTS)} (your own files: data.source='text')"
+        )
     for name, text, key in stdlib.documents(data.path):
         yield Document(text, name, key)
 
@@ -143,8 +140,7 @@ def stdlib_source(data: Data) -> Iterator[Document]:
 def text_source(data: Data) -> Iterator[Document]:
     """Plain text, as bytes just as they lie: .gz is unpacked, nothing is decoded."""
     if data.document not in ("auto", "file", "paragraph", "line"):
-        near = difflib.get_close_matches(data.document, ("auto", "file", "paragraph", "line"), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = nearest(data.document, ("auto", "file", "paragraph", "line"))
         raise ConfigError(f"data.document: got {data.document!r}, takes auto, file, paragraph or line.{hint}")
     for path in find(data.path):
         if data.document in ("auto", "file"):
@@ -252,14 +248,16 @@ def hf_source(data: Data) -> Iterator[Document]:
             if not isinstance(splits, dict):
                 splits = {data.hf_split: splits}
         else:
-            splits = datasets.load_dataset(str(path) if path.exists() else data.path, data.subset or None, streaming=True)
+            name = str(path) if path.exists() else data.path
+            splits = datasets.load_dataset(name, data.subset or None, streaming=True)
     except Exception as error:  # of many kinds: network, permission, unknown name, unknown configuration
         reason = " ".join(str(error).split())[:500]
-        raise LmtrainError(f"data.path: datasets cannot open {data.path!r} (subset {data.subset!r}): {reason}") from None
+        raise LmtrainError(f"data.path: datasets cannot open {data.path!r}, subset {data.subset!r}: {reason}") from None
     if data.hf_split not in splits:
-        near = difflib.get_close_matches(data.hf_split, splits, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise LmtrainError(f"data.hf_split: {data.path} has no split {data.hf_split!r}, it has {', '.join(splits)}.{hint}")
+        raise LmtrainError(
+            f"data.hf_split: {data.path} has no split {data.hf_split!r}, it has {', '.join(splits)}."
+            f"{nearest(data.hf_split, splits)}"
+        )
     for number, row in enumerate(splits[data.hf_split]):
         where = f"{data.path} ({data.hf_split}), row {number}"
         yield Document(_pick(row, data.field, where), where)
@@ -312,6 +310,4 @@ def _text(value: Any, field: str, where: str) -> str | bytes:
 
 
 def _no_field(field: str, names: list[str], where: str) -> str:
-    near = difflib.get_close_matches(field, names, 1)
-    hint = f" Did you mean data.field={near[0]!r}?" if near else ""
-    return f"{where}: no field {field!r}.{hint} (fields: {', '.join(map(str, names[:20]))})"
+    return f"{where}: no field {field!r} (data.field).{nearest(field, names)} (fields: {', '.join(names[:20])})"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PARTS = ("docs", "source", "")
@@ -76,7 +76,7 @@ def render(name: str, source: bytes) -> str:
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _exported(tree: ast.Module):
+def _exported(tree: ast.Module) -> Callable[[str], bool]:
     """A test of names: those of __all__ where it is a literal, else those without a leading underscore."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
@@ -90,7 +90,8 @@ def _exported(tree: ast.Module):
 
 def _class(node: ast.ClassDef) -> str:
     bases = ", ".join(ast.unparse(base) for base in node.bases) or "builtins.object"
-    methods = [n for n in node.body if isinstance(n, _FUNCTION) and (not n.name.startswith("_") or ast.get_docstring(n))]
+    defined = [n for n in node.body if isinstance(n, _FUNCTION)]
+    methods = [n for n in defined if not n.name.startswith("_") or ast.get_docstring(n)]
     parts = [ast.get_docstring(node) or ""]
     if methods:
         methods.sort(key=lambda n: n.name)

@@ -1,12 +1,12 @@
-"""Text to token ids and back: byte-level BPE (Sennrich et al. 2016; bytes: Radford et al. 2019), on Hugging Face's `tokenizers`.
+"""Text to token ids and back: byte-level BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019), by `tokenizers`.
 
-Ids 0..7 are the special tokens, 8..263 the bytes 0..255 in order, then one id for each merge. Plain text never yields a
-special id, even where it spells one, and every byte string comes back exactly: what is not UTF-8 goes byte by byte.
+Ids 0..7 are the special tokens, 8..263 the bytes 0..255 in order, then comes one id for each merge. Plain text never
+yields a special id, even where it spells one, and every byte string comes back exactly: what is not UTF-8 goes byte by
+byte.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from lmtrain.schema import ConfigError
-from lmtrain.types import LmtrainError
+from lmtrain.types import LmtrainError, nearest
 
 SPECIALS = (
     "<|endoftext|>",
@@ -35,8 +35,8 @@ SPECIALS = (
 FIRST_BYTE = len(SPECIALS)
 SMALLEST = FIRST_BYTE + 256  # vocabulary without a merge
 
-#: Where words end before BPE sees them, after GPT-4's pattern: contractions; a word with the one character before it (mostly
-#: a space); numbers in groups of at most two digits (three would spend too much of a small vocabulary on them);
+#: Where words end before BPE sees them, after GPT-4's pattern: contractions; a word with the one character before it
+#: (mostly a space); numbers in groups of at most two digits (three would spend too much of a small vocabulary on them);
 #: punctuation; line ends; and runs of blanks that leave the last one to the word after (the indentation of code).
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -91,9 +91,8 @@ class Tokenizer:
         for candidate in names:
             if candidate in self._special_ids:
                 return self._special_ids[candidate]
-        near = difflib.get_close_matches(name, self._special_ids, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise LmtrainError(f"{self.source}: no special token {name}.{hint} It has: {', '.join(self._special_ids) or 'none'}")
+        has = ", ".join(self._special_ids) or "none"
+        raise LmtrainError(f"{self.source}: no special token {name}.{nearest(name, self._special_ids)} (has: {has})")
 
     @property
     def end(self) -> int:
@@ -112,7 +111,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """Ids of every text, int32[n] each, encoded by as many threads as `tokenizers` takes (RAYON_NUM_THREADS)."""
         if self._only_bytes:
-            return [self._byte_ids[np.frombuffer(_as_bytes(text), np.uint8)] for text in texts]
+            return [self._byte_ids[np.frombuffer(as_bytes(text), np.uint8)] for text in texts]
         # A part is a piece of valid text, or the bytes that are not.
         parts = [list(_parts(text)) for text in texts]
         valid = [part for text in parts for part in text if isinstance(part, str)]
@@ -164,7 +163,7 @@ def train(texts: Iterable[str | bytes], vocab_size: int, limit: int = 0) -> Toke
     def pieces() -> Iterator[str]:
         nonlocal seen
         for text in texts:
-            data = _as_bytes(text)
+            data = as_bytes(text)
             data = data[: limit - seen] if limit else data
             seen += len(data)
             yield from _cut(data.decode("utf-8", errors="ignore"))
@@ -190,7 +189,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """A tokenizer from tokenizer.json, or the folder that holds one: lmtrain's own or any byte-complete BPE of Hugging Face.
+    """A tokenizer from tokenizer.json, or the folder that holds one: lmtrain's own, or another byte-complete BPE.
 
     Raises:
       LmtrainError: no such file (with the nearest name), not a tokenizer, or one that cannot encode every byte.
@@ -200,9 +199,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         file = file / "tokenizer.json"
     if not file.is_file():
         beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, beside, 1)
-        hint = f" Did you mean {file.parent / near[0]}?" if near else ""
-        raise LmtrainError(f"tokenizer: no file {file}.{hint}")
+        raise LmtrainError(f"tokenizer: no file {file}.{nearest(file.name, beside)}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
@@ -216,9 +213,9 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _backend(model: models.BPE, specials: bool = True) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     backend.decoder = decoders.ByteLevel()
     if specials:
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
@@ -260,13 +257,14 @@ def _piece_bytes(spec: dict, vocab_size: int, specials: set[int]) -> list[bytes]
     return pieces
 
 
-def _as_bytes(text: str | bytes) -> bytes:
+def as_bytes(text: str | bytes) -> bytes:
+    """The bytes of a text: UTF-8; a lone surrogate, which UTF-8 cannot say, becomes its three bytes of no UTF-8."""
     return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
 
 
 def _parts(text: str | bytes) -> Iterator[str | bytes]:
     """A text as pieces of valid UTF-8, and the bytes between them that are not."""
-    data = _as_bytes(text)
+    data = as_bytes(text)
     while data:
         try:
             yield from _cut(data.decode("utf-8"))
