@@ -15,6 +15,7 @@ import numpy as np
 
 from lmtrain import experiment, log, optim, schema, step
 from lmtrain import mesh as mesh_lib
+from lmtrain.models import attention as attention_lib
 from lmtrain.models import presets, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.types import LmtrainError
@@ -74,12 +75,16 @@ def train(
             seconds.append(time.perf_counter() - start)
             progress.show(i + 1, {"loss": loss, "tokens_per_second": rows * row_length / seconds[-1]})
     peak_mb = peak_memory_mb()  # before the ceiling's own matrices
-    ceiling = log.matmul_ceiling(cfg.dtype) * mesh.size
+    ceiling = log.matmul_ceiling(forward.dtype) * mesh.size
+    backend = attention_lib.choose(
+        cfg.attention, attention_lib.platform(mesh), length=row_length, head_dim=cfg.head_dim,
+        softcap=cfg.attn_softcap, dtype=forward.dtype, mesh=mesh,
+    )  # fmt: skip
     rate = rows * row_length / statistics.median(seconds)
     flops = rate * transformer.flops_per_token(cfg, row_length)
     result = {
         "bench": "train", "preset": preset, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
-        "devices": mesh.size, "dtype": cfg.dtype, "attention": forward.backend, "optimizer": optimizer,
+        "devices": mesh.size, "dtype": forward.dtype.name, "attention": backend, "optimizer": optimizer,
         "parameters": transformer.count(cfg)["total"], "rows": rows, "row_length": row_length, "accumulate": accumulate,
         "tokens_per_second": round(rate), "tokens_per_second_best": round(rows * row_length / min(seconds)),
         "gflops": round(flops / 1e9, 1), "ceiling_gflops": round(ceiling / 1e9, 1), "share": round(flops / ceiling, 3),

@@ -160,3 +160,7 @@ def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:
         args.preset, rows=args.rows, row_length=args.row_length, accumulate=args.accumulate, steps=args.steps,
         attention=args.attention, remat=args.remat, optimizer=args.optim, cache=not args.no_cache,
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
