@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmtrain import schema
@@ -256,3 +256,9 @@ def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
                 raise schema.ConfigError(f"{what} of {name} are {n}, not a multiple of {ways} ({over}).")
         out[name] = jax.make_array_from_process_local_data(sharding(axes, mesh), x, shape)
     return out
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here. Nothing to wait for where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

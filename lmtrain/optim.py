@@ -188,7 +188,7 @@ def _named(cfg: schema.Optim, schedule: Schedule, axes_tree: Any) -> optax.Gradi
 
 
 def names() -> list[str]:
-    """Every optimizer that `optim.name` takes: the functions of optax and optax.contrib that begin with a learning rate."""
+    """What `optim.name` takes: the functions of optax and optax.contrib whose first argument is the learning rate."""
     found = set()
     for module in (optax, optax.contrib):
         for name, function in vars(module).items():

@@ -88,8 +88,9 @@ def make_update(
     Microbatch a of A takes the rows a, a + A, a + 2A, ..., which keeps every row on its device.
 
     Metrics are float32 scalars: `loss` (the objective's mean), `weight` (what it was divided by: loss tokens),
-    `grad_norm` (before clipping), `update_ratio` (norm of the update over norm of the parameters), `lr`, and the objective's own. A
-    batch of weight 0 (nothing in it counts) changes neither parameters nor optimizer, and reports weight 0 and loss 0.
+    `grad_norm` (before clipping), `update_ratio` (norm of the update over norm of the parameters), `lr`, and the
+    objective's own. A batch of weight 0 (nothing in it counts) changes neither parameters nor optimizer, and reports
+    weight 0 and loss 0.
 
     Args:
       loss: the objective, called as loss(forward, params, batch, cfg).
@@ -176,7 +177,9 @@ def _float32(tree: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
-def make_evaluate(loss: Loss, forward: Any, mesh: jax.sharding.Mesh, cfg: Any = None) -> Callable[[Params, Batch], Sums]:
+def make_evaluate(
+    loss: Loss, forward: Any, mesh: jax.sharding.Mesh, cfg: Any = None
+) -> Callable[[Params, Batch], Sums]:
     """The jitted evaluate(params, batch) -> {name: (sum, weight)}, `loss` included. Add over batches, then divide."""
 
     def evaluate(params, batch):

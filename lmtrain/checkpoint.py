@@ -1,0 +1,403 @@
+"""Checkpoints: the state of a run, its data iterator and its configuration, saved and restored as one.
+
+    FOLDER/STEP/params/       Orbax: the parameters
+    FOLDER/STEP/rest/         Orbax: step, random key, optimizer
+    FOLDER/STEP/manifest.json sha256 of every file above; shapes; metrics; and `meta`, JSON that the loop wants back
+
+Orbax writes in the background. The manifest is written last, in one rename, and makes the checkpoint: a step without
+one is an unfinished save. Older checkpoints are deleted only once a newer manifest stands, so a process killed at any
+instant leaves at least one. A file that no longer matches its sha256 is named, its checkpoint moved aside
+(`damaged-STEP`) and the one before used; Orbax alone restores a flipped bit without a word. Orbax's CheckpointManager
+is not used: it would delete the old checkpoint before the new one's manifest.
+
+Every process calls every method; process 0 alone writes manifests, deletes and judges. FOLDER is on a file system that
+all of them see.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lmtrain import log
+from lmtrain.types import LmtrainError, Params, TrainState
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saves in the background, one at a time.
+
+    Args:
+      folder: made where it is missing.
+      keep_last: how many of the newest stay (at least 1).
+      keep_best: how many more stay, those with the lowest metric `best`.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], keep_last: int = 2, keep_best: int = 1, best: str = "heldout_loss"
+    ):
+        self.folder = pathlib.Path(folder).absolute()
+        self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best
+        self._checkpointer = _checkpointer(asynchronous=True)
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._newest: int | None = None
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Copies the state off the devices and returns; the rest happens in the background.
+
+        Args:
+          meta: JSON; comes back from restore_newest (the data iterator's state, the loop's, the configuration).
+          metrics: of this step; `best` among them makes it a candidate for keep_best.
+
+        Raises:
+          LmtrainError: this save, or the one before, failed (disk full, no permission). What was there is kept.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        params, rest = _items(state)
+        manifest = {"step": step, "metrics": metrics or {}, "meta": meta, "arrays": _describe(params, rest)}
+        manifest["key_impl"] = str(jax.random.key_impl(state.key))
+        json.dumps(manifest)  # what JSON cannot hold is found out here, not in the background
+        path = self.folder / str(step)
+        try:
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if path.exists() and not (path / MANIFEST).exists():
+                    shutil.rmtree(path)  # a killed save of the same step
+            self._checkpointer.save(path, args=_save_args(params, rest))
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saving = step, self._worker.submit(self._finish, path, manifest)
+
+    def _finish(self, path: pathlib.Path, manifest: dict[str, Any]) -> None:
+        """In the background: once Orbax is done, the manifest; once that stands, away with what is too old."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(path, manifest)
+            self._prune()
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more. Raises LmtrainError where the save failed."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._newest = step
+
+    def close(self) -> None:
+        """Waits, then lets the threads go. Raises LmtrainError where the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._checkpointer.close()
+
+    def _failed(self, step: int, error: Exception) -> LmtrainError:
+        """The one message of a failed save; what it left behind is removed."""
+        if jax.process_index() == 0:
+            _clean(self.folder)
+        kept = steps(self.folder)
+        reason = next((line for line in str(error).splitlines() if "No space left" in line), str(error).splitlines()[0])
+        if "No space left" in reason:
+            reason = f"no space left on the disk ({shutil.disk_usage(self.folder.parent).free // 2**20} MiB free)"
+        stays = f"that of step {kept[-1]} is kept" if kept else "there is none from before"
+        return LmtrainError(f"{self.folder / str(step)}: the checkpoint could not be saved: {reason}; {stays}.")
+
+    def _prune(self) -> None:
+        there = steps(self.folder)
+        scores = {s: read_manifest(self.folder, s)["metrics"].get(self.best, math.nan) for s in there}
+        scored = sorted((s for s in there if math.isfinite(scores[s])), key=lambda s: scores[s])
+        for step in set(there) - set(there[-self.keep_last :]) - set(scored[: self.keep_best]):
+            # Renamed first: a process killed while it deletes leaves no half checkpoint under a step's name.
+            doomed = self.folder / f"deleting-{step}"
+            os.replace(self.folder / str(step), doomed)
+            shutil.rmtree(doomed)
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
+        """(state, meta, step) of the newest sound checkpoint, or None where nothing was ever saved.
+
+        Removes what killed saves left. A damaged checkpoint is named and moved aside, and the one before is used.
+
+        Args:
+          abstract: the state's tree of ShapeDtypeStructs with shardings (`step.make_init`), on this run's mesh, which
+            need not be the one it was saved on.
+
+        Raises:
+          LmtrainError: every checkpoint is damaged, or the newest holds other arrays than `abstract`.
+        """
+        self.wait()
+        step = -1
+        if jax.process_index() == 0:
+            _clean(self.folder)
+            step = self._newest_sound()
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == -2:
+            raise LmtrainError(
+                f"{self.folder}: every checkpoint is damaged, see {self.folder}/damaged-*. "
+                "Remove them to begin again from step 0, or start another --workdir."
+            )
+        if step == -1:
+            self._newest = None
+            return None
+        manifest = read_manifest(self.folder, step)
+        params, rest = _items(abstract)
+        _check_same(self.folder / str(step), manifest["arrays"], _describe(params, rest))
+        restored = self._checkpointer.restore(self.folder / str(step), args=_restore_args(params, rest))
+        self._newest = step
+        state = _state(abstract, restored["params"], restored["rest"], manifest["key_impl"])
+        return state, manifest["meta"], step
+
+    def _newest_sound(self) -> int:
+        """The newest step that passes `verify`, newer ones moved aside; -1: there is none, -2: all are damaged."""
+        for step in reversed(steps(self.folder)):
+            problems = verify(self.folder, step)
+            if not problems:
+                return step
+            aside = self.folder / f"damaged-{step}"
+            for n in range(2, 1000):
+                if not aside.exists():
+                    break
+                aside = self.folder / f"damaged-{step}-{n}"
+            os.replace(self.folder / str(step), aside)
+            log.say(f"{'; '.join(problems)}. Damaged; moved to {aside.name}, the checkpoint before is used.")
+        return -2 if list(self.folder.glob("damaged-*")) else -1
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+def steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps of the finished checkpoints in a folder, oldest first."""
+    return sorted(int(p.parent.name) for p in pathlib.Path(folder).glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+
+def read_meta(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+    """The `meta` saved with a step (None: the newest)."""
+    return read_manifest(folder, _newest(folder) if step is None else step)["meta"]
+
+
+def load_params(folder: str | os.PathLike[str], step: int | None = None, shardings: Any = None) -> Params:
+    """The parameters of a step (None: the newest), without a model: NumPy arrays, or jax arrays by their shardings.
+
+    Args:
+      shardings: the parameters' tree of shardings.
+
+    Raises:
+      LmtrainError: no checkpoint, a damaged one, or other parameters than the shardings are for.
+    """
+    import orbax.checkpoint as ocp
+
+    step = _newest(folder) if step is None else step
+    path = pathlib.Path(folder).absolute() / str(step)
+    if problems := verify(folder, step):
+        raise LmtrainError(f"{'; '.join(problems)}. The checkpoint is damaged.")
+    saved = read_manifest(folder, step)["arrays"]
+    arrays = {name.removeprefix("params/"): a for name, a in saved.items() if name.startswith("params/")}
+    where = dict(_flat(shardings)) if shardings is not None else {}
+    if shardings is not None and where.keys() != arrays.keys():
+        differs = ", ".join(sorted(where.keys() ^ arrays.keys())[:4])
+        raise LmtrainError(f"{path}: its parameters are not those of the model; in one of them only: {differs}.")
+    wanted: Params = {}
+    for name, (dtype, shape) in arrays.items():
+        *parents, last = name.split("/")
+        inner = wanted
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        # Without a sharding, an array that takes no memory tells Orbax to give back NumPy.
+        inner[last] = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=where[name])
+            if where
+            else np.broadcast_to(np.zeros((), dtype), shape)
+        )
+    with _checkpointer(asynchronous=False) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))["params"]
+
+
+def params_sha256(params: Params) -> str:
+    """sha256 over the parameters: path, dtype, shape and bytes of each, in the order of the paths; same on any mesh."""
+    digest = hashlib.sha256()
+    for name, x in sorted(_flat(params)):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        x = np.ascontiguousarray(x)
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _newest(folder: str | os.PathLike[str]) -> int:
+    there = steps(folder)
+    if not there:
+        raise LmtrainError(f"{folder}: no finished checkpoint here.")
+    return there[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------- manifest
+def write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Hashes every file of a checkpoint and writes its manifest, in one rename."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        sums = pool.map(_sha256, files)
+        body = {**manifest, "files": {str(p.relative_to(path)): s for p, s in zip(files, sums, strict=True)}}
+    text = json.dumps({"sha256": _own_sum(body), **body}, indent=1)
+    half = path / f"{MANIFEST}.half"
+    with half.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(half, path / MANIFEST)
+
+
+def read_manifest(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises LmtrainError where it is missing or not what was written."""
+    file = pathlib.Path(folder) / str(step) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest.pop("sha256") != _own_sum(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        raise LmtrainError(f"{_short(file)}: missing") from None
+    except (ValueError, KeyError, AttributeError):
+        raise LmtrainError(f"{_short(file)}: not what was written (its own sha256 differs)") from None
+    return manifest
+
+
+def verify(folder: str | os.PathLike[str], step: int) -> list[str]:
+    """What is wrong with a checkpoint, a text for each file: "checkpoints/200/params/d/1f...: sha256 differs"."""
+    path = pathlib.Path(folder) / str(step)
+    try:
+        files = read_manifest(folder, step)["files"]
+    except LmtrainError as error:
+        return [str(error)]
+
+    def problem(name: str, expected: list[Any]) -> str:
+        file = path / name
+        if not file.exists():
+            return f"{_short(file)}: missing"
+        if file.stat().st_size != expected[0]:
+            return f"{_short(file)}: {file.stat().st_size} bytes, not {expected[0]}"
+        return "" if _sha256(file) == expected else f"{_short(file)}: sha256 differs"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return [p for p in pool.map(problem, files.keys(), files.values()) if p]
+
+
+def _sha256(file: pathlib.Path) -> list[Any]:
+    """[size, sha256] of a file, read in pieces."""
+    with file.open("rb") as f:
+        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+
+
+def _own_sum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _short(file: pathlib.Path) -> str:
+    """checkpoints/200/..., from the folder of all checkpoints on."""
+    for parent in file.parents:
+        if parent.name.isdigit():
+            return str(file.relative_to(parent.parent.parent))
+    return str(file)
+
+
+def _clean(folder: pathlib.Path) -> None:
+    """Removes what killed processes left: saves without a manifest, and half-deleted checkpoints."""
+    for path in sorted(folder.glob("*")) if folder.exists() else ():
+        unfinished = path.name.split(".")[0].isdigit() and path.is_dir() and not (path / MANIFEST).exists()
+        if unfinished or path.name.startswith("deleting-"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------- state <-> what Orbax stores
+def _items(state: TrainState) -> tuple[Params, dict[str, Any]]:
+    """(params, rest): the parameters' nested dict, and all else by its path, with the random key as plain numbers.
+
+    Stored so, a checkpoint can be read without the optimizer that made it.
+    """
+    if isinstance(state.key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    else:
+        key = jax.random.key_data(state.key)
+    return state.params, {"step": state.step, "key": key} | {f"opt/{k}": v for k, v in _flat(state.opt_state)}
+
+
+def _state(abstract: TrainState, params: Params, rest: dict[str, Any], key_impl: str) -> TrainState:
+    """The inverse of _items."""
+    key = jax.random.wrap_key_data(rest["key"], impl=key_impl)
+    leaves = [rest[f"opt/{name}"] for name, _ in _flat(abstract.opt_state)]
+    opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
+    return TrainState(step=rest["step"], params=params, opt_state=opt_state, key=key)
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
+    """{"params/blocks/q": ["float32", [4, 128, 4, 32]], ...}"""
+    named = [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
+    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in named}
+
+
+def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
+    """Raises LmtrainError naming the first arrays that differ, parameters before the optimizer's."""
+    names = sorted(saved.keys() | wanted.keys(), key=lambda n: (not n.startswith("params/"), n))
+    differ = [n for n in names if saved.get(n) != wanted.get(n)]
+    if not differ:
+        return
+
+    def says(array: list[Any] | None) -> str:
+        return f"{array[0]} {tuple(array[1])}" if array else "nothing"
+
+    shown = [f"{n} is {says(saved.get(n))} there, {says(wanted.get(n))} by the configuration" for n in differ[:3]]
+    more = f", and {len(differ) - 3} others" if len(differ) > 3 else ""
+    what = "model" if differ[0].startswith("params/") else "optim"
+    raise LmtrainError(
+        f"{path}: {'; '.join(shown)}{more}. Start another --workdir, or set {what} as in the config.json beside it."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- Orbax
+def _checkpointer(asynchronous: bool) -> Any:
+    import orbax.checkpoint as ocp
+
+    # Orbax logs the traceback of every failed save; the error itself reaches the caller as one message.
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    handler = ocp.CompositeCheckpointHandler()
+    return ocp.AsyncCheckpointer(handler) if asynchronous else ocp.Checkpointer(handler)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _save_args(params: Params, rest: dict[str, Any]) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest))
+
+
+def _restore_args(params: Params, rest: dict[str, Any]) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.Composite(params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest))
