@@ -189,8 +189,8 @@ class Heldout:
         if available < data.row_length:
             raise LmtrainError(
                 f"data.heldout_fraction={data.heldout_fraction} (data.heldout={data.heldout}) holds out {available}"
-                f" tokens, fewer than one row of data.row_length={data.row_length}: raise the fraction, shorten the rows,"
-                " or give more text"
+                f" tokens, fewer than one row of data.row_length={data.row_length}: raise the fraction, shorten the"
+                " rows, or give more text"
             )
         picks = [(member, row) for member, rows in enumerate(self._table.rows) for row in range(rows)]
         self.rows = min(data.heldout_rows or len(picks), len(picks))

@@ -62,7 +62,7 @@ def open_source(data: Data, field: str = "data") -> Callable[[Data], Iterable[An
     """The function behind `data.source`: one of SOURCES, or a dotted path."""
     if data.source in SOURCES:
         if data.source != "stdlib" and not data.path:
-            raise ConfigError(f"{field}.path: not set; source {data.source} takes a file, folder or glob (hf: or a name)")
+            raise ConfigError(f"{field}.path: not set; source {data.source} takes a file, folder, glob (hf: or name)")
         return SOURCES[data.source]
     if ":" not in data.source:
         raise ConfigError(
@@ -125,7 +125,7 @@ def find(pattern: str) -> list[Path]:
 
 
 def stdlib_source(data: Data) -> Iterator[Document]:
-    """The embedded corpus, of the Python that runs this: documentation ("docs"), source text ("source"), or both ("")."""
+    """The embedded corpus, of the Python that runs this: "docs" (documentation), "source" (source text), "" (both)."""
     from lmtrain.data import stdlib
 
     if data.path not in stdlib.PARTS:
@@ -211,17 +211,23 @@ def arrayrecord_source(data: Data) -> Iterator[Document]:
     except ImportError:
         raise LmtrainError('data.source=arrayrecord needs array_record: pip install "lmtrain[data]"') from None
     for path in find(data.path):
-        try:
-            reader = ArrayRecordReader(str(path))
-        except Exception as error:  # the binding raises bare RuntimeError and others
-            raise LmtrainError(f"{path}: not an ArrayRecord file: {error}") from None
-        try:
-            count = reader.num_records()
-            for first in range(0, count, 1024):
-                for row, record in enumerate(reader.read(first, min(first + 1024, count)), first + 1):
-                    yield Document(_record(record, data.field, f"{path}, record {row}"), f"{path}#{row}")
-        finally:
-            reader.close()
+        reader = ArrayRecordReader(str(path))
+        if not reader.ok():
+            try:
+                reader.close()  # this is where the binding says why
+                reason = "unknown reason"
+            except RuntimeError as error:
+                reason = str(error)
+            raise LmtrainError(f"{path}: not an ArrayRecord file: {reason}")
+        count = reader.num_records()
+        for first in range(0, count, 1024):
+            try:
+                records = reader.read(first, min(first + 1024, count))
+            except RuntimeError as error:
+                raise LmtrainError(f"{path}, from record {first + 1}: cannot be read: {error}") from None
+            for row, record in enumerate(records, first + 1):
+                yield Document(_record(record, data.field, f"{path}, record {row}"), f"{path}#{row}")
+        reader.close()
 
 
 def _record(record: bytes, field: str, where: str) -> str | bytes:

@@ -26,6 +26,7 @@ VERSION = 1  # of the layout; another one gives another fingerprint
 
 #: One kept document: digest of its text, bytes, tokens (its <|endoftext|> counted), and its side of the split.
 DOCUMENT = np.dtype([("hash", "V16"), ("bytes", "<i8"), ("tokens", "<i8"), ("heldout", "?")])
+SIDES = ("train", "heldout")
 COUNTS = ("documents", "bytes", "tokens", "heldout_documents", "heldout_bytes", "heldout_tokens", "duplicates")
 _OPEN_FILES = 256  # memory maps of a stream at once; a large corpus has more shards than a process may open
 
@@ -84,11 +85,11 @@ class Shards:
 
     def summary(self) -> str:
         """One line: what there is, and how it is split."""
-        return (
-            f"{self.total('documents'):,} documents"
-            f" ({self.total('bytes') / 1e6:.2f} MB, {self.total('tokens'):,} tokens) to train on, {self.total('heldout_documents'):,} ({self.total('heldout_bytes') / 1e6:.2f} MB) held out,"
-            f" {self.total('duplicates'):,} duplicates dropped"
-        )
+        sides = []
+        for prefix in ("", "heldout_"):
+            count, size, tokens = (self.total(prefix + name) for name in ("documents", "bytes", "tokens"))
+            sides.append(f"{count:,} documents ({size / 1e6:.2f} MB, {tokens:,} tokens)")
+        return f"{sides[0]} to train on, {sides[1]} held out, {self.total('duplicates'):,} duplicates dropped"
 
 
 def stem(folder: Path, member: int, shard: int) -> Path:
@@ -98,14 +99,14 @@ def stem(folder: Path, member: int, shard: int) -> Path:
 
 def write_shard(path: Path, train: np.ndarray, heldout: np.ndarray, documents: np.ndarray, note: dict) -> dict:
     """Writes a shard's files, the .json last. Returns what stands in that: counts, hashes and `note`."""
-    write(path.with_suffix(".train.npy"), train)
-    write(path.with_suffix(".heldout.npy"), heldout)
+    sizes = [write(path.with_suffix(f".{side}.npy"), tokens) for side, tokens in zip(SIDES, (train, heldout), strict=True)]
     write(path.with_suffix(".docs.npy"), documents)
     record = dict(note)
     for prefix, side in (("", ~documents["heldout"]), ("heldout_", documents["heldout"])):
         record[f"{prefix}documents"] = int(side.sum())
         record[f"{prefix}bytes"] = int(documents["bytes"][side].sum())
         record[f"{prefix}tokens"] = int(documents["tokens"][side].sum())
+    record["sizes"] = sizes
     record["sha256"] = [hashlib.sha256(tokens.tobytes()).hexdigest() for tokens in (train, heldout)]
     write(path.with_suffix(".json"), json.dumps(record).encode())
     return record
@@ -133,25 +134,23 @@ def load(folder: Path, data: Data) -> Shards:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        wide = 2 if manifest["vocab_size"] <= 1 << 16 else 4
         opened = []
         for number, (part, member) in enumerate(zip(manifest["members"], members(data).values(), strict=True)):
             streams = []
-            for side, count in (("train", "tokens"), ("heldout", "heldout_tokens")):
+            for i, (side, count) in enumerate(zip(SIDES, ("tokens", "heldout_tokens"), strict=True)):
                 paths = [stem(folder, number, k).with_suffix(f".{side}.npy") for k in range(len(part["shards"]))]
-                lengths = [shard[count] for shard in part["shards"]]
-                for path, length in zip(paths, lengths, strict=True):
-                    if path.stat().st_size <= length * wide:
-                        raise ValueError(f"{path.name} is cut")
-                streams.append(Stream(paths, lengths))
+                for path, shard in zip(paths, part["shards"], strict=True):
+                    if path.stat().st_size != shard["sizes"][i]:
+                        raise ValueError(f"{path.name} has another size than it was written with")
+                streams.append(Stream(paths, [shard[count] for shard in part["shards"]]))
             opened.append(Member(part["name"], member.weight, *streams))
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from None
     return Shards(folder, opened, manifest)
 
 
-def write(path: Path, content: bytes | np.ndarray) -> None:
-    """All of it or nothing: under another name first."""
+def write(path: Path, content: bytes | np.ndarray) -> int:
+    """All of it or nothing: under another name first. Returns the file's size."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb") as file:
         if isinstance(content, np.ndarray):
@@ -160,7 +159,9 @@ def write(path: Path, content: bytes | np.ndarray) -> None:
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
+        size = file.tell()
     os.replace(partial, path)
+    return size
 
 
 def _damaged(folder: Path, error: Exception) -> LmtrainError:

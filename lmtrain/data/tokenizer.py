@@ -78,8 +78,11 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of all that decides the ids: merges, vocabulary, splitting, special tokens."""
-        return hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode()).hexdigest()
+        """sha256 of all that decides the ids: vocabulary, merges, splitting, added tokens."""
+        model = {key: self._spec["model"].get(key) for key in ("vocab", "merges")}
+        added = [[token["id"], token["content"], token["special"]] for token in self._spec["added_tokens"]]
+        spec = [model, added, self._spec["normalizer"], self._spec["pre_tokenizer"]]
+        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     def special(self, name: str) -> int:
         """The id of a special token, "<|end|>". "<|endoftext|>" also finds what other vocabularies call theirs.
@@ -191,6 +194,8 @@ def bytes_tokenizer() -> Tokenizer:
 def load(path: str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer from tokenizer.json, or the folder that holds one: lmtrain's own, or another byte-complete BPE.
 
+    One that normalises (Qwen's composes accents) gives back the normalised text.
+
     Raises:
       LmtrainError: no such file (with the nearest name), not a tokenizer, or one that cannot encode every byte.
     """
@@ -264,15 +269,12 @@ def as_bytes(text: str | bytes) -> bytes:
 
 def _parts(text: str | bytes) -> Iterator[str | bytes]:
     """A text as pieces of valid UTF-8, and the bytes between them that are not."""
-    data = as_bytes(text)
-    while data:
-        try:
-            yield from _cut(data.decode("utf-8"))
-            return
-        except UnicodeDecodeError as error:
-            yield from _cut(data[: error.start].decode("utf-8"))
-            yield data[error.start : error.end]
-            data = data[error.end :]
+    escaped = as_bytes(text).decode("utf-8", errors="surrogateescape")
+    for i, run in enumerate(_NOT_UTF8.split(escaped)):
+        if i % 2:
+            yield run.encode("utf-8", errors="surrogateescape")
+        else:
+            yield from _cut(run)
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -286,4 +288,5 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start:]
 
 
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 _LINE_START = re.compile(r"(?<=\n)(?=\S)")
