@@ -75,7 +75,7 @@ def train(
             seconds.append(time.perf_counter() - start)
             progress.show(i + 1, {"loss": loss, "tokens_per_second": rows * row_length / seconds[-1]})
     peak_mb = peak_memory_mb()  # before the ceiling's own matrices
-    ceiling = log.matmul_ceiling(forward.dtype) * mesh.size
+    ceiling = log.matmul_ceiling(forward.dtype.name) * (mesh.size if log.peak_flops() else 1)
     backend = attention_lib.choose(
         cfg.attention, attention_lib.platform(mesh), length=row_length, head_dim=cfg.head_dim,
         softcap=cfg.attn_softcap, dtype=forward.dtype, mesh=mesh,

@@ -318,6 +318,10 @@ def summarise(done: Run, heldout_text: bytes) -> None:
         for what, value in rows.items():
             log.say(f"    {what:<16} {value:6.3f}")
     write_json(done.folder / "summary.json", {**read_summary(done.folder), done.stage: entry})
+    from lmtrain import report  # which reads runs, so it imports this
+
+    page = report.write(done.folder)
+    log.say(f"curves and samples: {page}" if page else 'no report.html: pip install "lmtrain[report]" draws one')
     samples = done.folder / done.stage / "samples.jsonl"
     if samples.exists():
         texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]

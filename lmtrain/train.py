@@ -100,7 +100,10 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
 
     # ---------------------------------------------------------------- what the loop says and keeps
     per_step = cfg.batch_size * cfg.data.row_length
-    meter = log.Meter(per_step, transformer.flops_per_token(parts.model, cfg.data.row_length), log.peak_flops())
+    flops = transformer.flops_per_token(parts.model, cfg.data.row_length)
+    peak = log.peak_flops()
+    # A CPU's peak is in no table, so it is measured; its devices, where there are several, share the same cores.
+    meter = log.Meter(per_step, flops, peak or log.matmul_ceiling(), devices=None if peak else jax.process_count())
 
     def row(now: int, metrics: dict[str, Any]) -> dict[str, Any]:
         speed, mfu = meter.rates()
@@ -141,7 +144,9 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                 wrong = unsound(metrics, losses, cfg.spike)
                 if not wrong:
                     losses.append(metrics["loss"])
-                    if due(done, cfg.log_every) and not (evaluating and done == at):
+                    if evaluating and done == at:
+                        continue  # its line waits for the evaluation
+                    if due(done, cfg.log_every):
                         writer.write(done, row(done, metrics))
                     progress.show(done, row(done, metrics))
             # -------------------------------------------------------- roll back, past the batches that did it

@@ -99,7 +99,8 @@ def stem(folder: Path, member: int, shard: int) -> Path:
 
 def write_shard(path: Path, train: np.ndarray, heldout: np.ndarray, documents: np.ndarray, note: dict) -> dict:
     """Writes a shard's files, the .json last. Returns what stands in that: counts, hashes and `note`."""
-    sizes = [write(path.with_suffix(f".{side}.npy"), tokens) for side, tokens in zip(SIDES, (train, heldout), strict=True)]
+    sides = list(zip(SIDES, (train, heldout), strict=True))
+    sizes = [write(path.with_suffix(f".{side}.npy"), tokens) for side, tokens in sides]
     write(path.with_suffix(".docs.npy"), documents)
     record = dict(note)
     for prefix, side in (("", ~documents["heldout"]), ("heldout_", documents["heldout"])):
@@ -107,7 +108,7 @@ def write_shard(path: Path, train: np.ndarray, heldout: np.ndarray, documents: n
         record[f"{prefix}bytes"] = int(documents["bytes"][side].sum())
         record[f"{prefix}tokens"] = int(documents["tokens"][side].sum())
     record["sizes"] = sizes
-    record["sha256"] = [hashlib.sha256(tokens.tobytes()).hexdigest() for tokens in (train, heldout)]
+    record["sha256"] = [hashlib.sha256(tokens.tobytes()).hexdigest() for _, tokens in sides]
     write(path.with_suffix(".json"), json.dumps(record).encode())
     return record
 

@@ -132,11 +132,11 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not list((tmp_path / "killed").glob("*/manifest.json"))
-    folders = [
-        subprocess.run([*command, str(tmp_path / name), "0.02"], env=environment, capture_output=True, check=True).stdout
+    runs = [
+        subprocess.run([*command, str(tmp_path / name), "0.02"], env=environment, stdout=subprocess.PIPE, check=True)
         for name in ("killed", "whole")
     ]
-    killed_files, whole_files = (contents(type(tmp_path)(folder.decode().strip())) for folder in folders)
+    killed_files, whole_files = (contents(type(tmp_path)(run.stdout.decode().strip())) for run in runs)
     assert killed_files == whole_files and len(whole_files) > 12
 
 
