@@ -24,6 +24,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -76,8 +77,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if path.exists() and not (path / MANIFEST).exists():
-                    shutil.rmtree(path)  # a killed save of the same step
+                _clean(self.folder)
             self._checkpointer.save(path, args=_save_args(params, rest))
         except Exception as error:
             raise self._failed(step, error) from error
@@ -111,8 +111,10 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> LmtrainError:
         """The one message of a failed save; what it left behind is removed."""
-        if jax.process_index() == 0:
-            _clean(self.folder)
+        for _ in range(20):
+            if jax.process_index() != 0 or _clean(self.folder):
+                break
+            time.sleep(0.1)  # Orbax's other threads may still be writing
         kept = steps(self.folder)
         reason = next((line for line in str(error).splitlines() if "No space left" in line), str(error).splitlines()[0])
         if "No space left" in reason:
@@ -316,12 +318,15 @@ def _short(file: pathlib.Path) -> str:
     return str(file)
 
 
-def _clean(folder: pathlib.Path) -> None:
-    """Removes what killed processes left: saves without a manifest, and half-deleted checkpoints."""
-    for path in sorted(folder.glob("*")) if folder.exists() else ():
+def _clean(folder: pathlib.Path) -> bool:
+    """Removes what killed processes left: saves without a manifest, half-deleted checkpoints. True if all is gone."""
+    left = []
+    for path in folder.glob("*"):
         unfinished = path.name.split(".")[0].isdigit() and path.is_dir() and not (path / MANIFEST).exists()
         if unfinished or path.name.startswith("deleting-"):
             shutil.rmtree(path, ignore_errors=True)
+            left.append(path)
+    return not any(path.exists() for path in left)
 
 
 # ----------------------------------------------------------------------------------------- state <-> what Orbax stores
