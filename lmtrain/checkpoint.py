@@ -111,14 +111,16 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> LmtrainError:
         """The one message of a failed save; what it left behind is removed."""
+        free = shutil.disk_usage(self.folder.parent).free // 2**20 if self.folder.parent.exists() else 0
         for _ in range(20):
             if jax.process_index() != 0 or _clean(self.folder):
                 break
             time.sleep(0.1)  # Orbax's other threads may still be writing
         kept = steps(self.folder)
-        reason = next((line for line in str(error).splitlines() if "No space left" in line), str(error).splitlines()[0])
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "No space left" in line), lines[0])
         if "No space left" in reason:
-            reason = f"no space left on the disk ({shutil.disk_usage(self.folder.parent).free // 2**20} MiB free)"
+            reason = f"no space left on the disk ({free} MiB free)"
         stays = f"that of step {kept[-1]} is kept" if kept else "there is none from before"
         return LmtrainError(f"{self.folder / str(step)}: the checkpoint could not be saved: {reason}; {stays}.")
 
@@ -388,12 +390,18 @@ def _checkpointer(asynchronous: bool) -> Any:
 
     # Orbax logs the traceback of every failed save; the error itself reaches the caller as one message.
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.getLogger("asyncio").addFilter(_retrieved)
     handler = ocp.CompositeCheckpointHandler()
     return ocp.AsyncCheckpointer(handler) if asynchronous else ocp.Checkpointer(handler)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _retrieved(record: logging.LogRecord) -> bool:
+    # One array that fails to be written fails its neighbours, and asyncio would print a traceback for each.
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _save_args(params: Params, rest: dict[str, Any]) -> Any:
