@@ -45,7 +45,6 @@ def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batc
     real_BT = at_T < length_B1
     if not real_BT.all():
         tokens_BT[~real_BT] = pad
-        targets_BT[~real_BT] = pad
     begins_BT = tokens_BT == end
     begins_BT[:, 0] = True  # a document cut by the row's start begins anew here: what came before cannot be seen
     segments_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32)
