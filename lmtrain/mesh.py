@@ -212,10 +212,11 @@ def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int
     """
     process = jax.process_index() if process is None else process
     rows = batch_shards(mesh)
-    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((rows,))
     owned: dict[int, set[int]] = {}
-    for device, (part,) in where.items():
-        owned.setdefault(device.process_index, set()).update(range(rows)[part])
+    for at, device in np.ndenumerate(mesh.devices):
+        where = [(i, n) for axis, i, n in zip(AXES, at, mesh.devices.shape, strict=True) if axis in BATCH_AXES]
+        part = np.ravel_multi_index(*zip(*where, strict=True))
+        owned.setdefault(device.process_index, set()).add(int(part))
     parts = sorted({tuple(sorted(p)) for p in owned.values()})
     if sum(map(len, parts)) != rows or len({len(p) for p in parts}) != 1:
         raise schema.ConfigError(

@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 
 def saved(folder, *steps, **settings):
-    """A folder with a checkpoint for each step, and the abstract state to restore them. norm holds the step's number."""
+    """Fills a folder with a checkpoint for each step, its number in `norm`; returns the abstract state to restore."""
     state, abstract, _ = build(1)
     checkpoints = checkpoint.Checkpoints(folder, **{"keep_last": 9, **settings})
     for n in steps:
