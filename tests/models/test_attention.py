@@ -45,7 +45,7 @@ def test_a_backend_equals_the_reference_with_its_gradients(backend, case):
 @pytest.mark.parametrize("backend", ["reference", "xla", "splash"])
 @pytest.mark.parametrize("window", [0, 40])
 def test_a_query_gets_exactly_no_gradient_from_what_it_may_not_see(backend, window):
-    """Query 150 of a row of documents 0-63, 64-127, 128-191, 192-255: later keys, other documents, beyond the window."""
+    """Query 150 of documents 0-63, 64-127, 128-191, 192-255: later keys, other documents, beyond the window."""
     (q, k, v), options = inputs(segments=True, window=window)
     options["segments_BT"] = jnp.repeat(jnp.array([[1, 2, 3, 4]]), T // 4, axis=1).repeat(B, axis=0)
     f = lambda k, v: attend(q, k, v, **options, backend=backend)[:, 150].sum()  # noqa: E731

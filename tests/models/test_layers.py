@@ -31,7 +31,7 @@ def llama3(i, factor=8.0, low=1.0, high=4.0):
 
 
 def yarn(i, factor=4.0, fast=32.0, slow=1.0):
-    """The paper's gamma over the dimensions that turn `fast` and `slow` times within the old length, rounded outwards."""
+    """The paper's gamma, over the dimensions that turn `fast` and `slow` times in the old length, rounded outwards."""
     at = lambda turns: H * math.log(OLD / (turns * 2 * math.pi)) / (2 * math.log(THETA))  # noqa: E731
     low, high = max(math.floor(at(fast)), 0), math.ceil(at(slow))
     gamma = min(max((i - low) / (high - low), 0.0), 1.0)  # 0: turns often, kept; 1: stretched
@@ -99,7 +99,12 @@ def test_mlp_activations(activation):
     x = np.random.default_rng(0).normal(size=(1, 3, 8))
     get = lambda name: np.asarray(getattr(mlp, name)[...], np.float64)  # noqa: E731
     gelu = lambda h: 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))  # noqa: E731
-    act = {"swiglu": lambda h: h / (1 + np.exp(-h)), "geglu": gelu, "relu2": lambda h: np.maximum(h, 0) ** 2, "gelu": gelu}
+    act = {
+        "swiglu": lambda h: h / (1 + np.exp(-h)),
+        "geglu": gelu,
+        "relu2": lambda h: np.maximum(h, 0) ** 2,
+        "gelu": gelu,
+    }
     up = x @ get("up") + get("up_bias")
     gated = activation in ("swiglu", "geglu")
     hidden = act[activation](x @ get("gate") + get("gate_bias")) * up if gated else act[activation](up)

@@ -1,0 +1,89 @@
+"""Eight devices compute what one does, however the mesh splits the work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmtrain import mesh as meshes
+from lmtrain import schema
+from lmtrain.models import transformer
+
+V, B, T = 64, 8, 32
+DENSE = dict(pattern="WG", window=9, activation="swiglu", qkv_bias=True, kv_heads=4)
+MOE = dict(experts=4, activation="swiglu", shared_experts=1, kv_heads=4, tied=False)
+
+
+def tiny(**fields):
+    base = dict(layers=2, unroll=1, width=32, heads=8, mlp=64, zero_init=False)
+    return transformer.resolve(schema.Model(**base | fields), V)
+
+
+def batch(length=T):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, (B, length + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (B, length)).astype(np.int32), axis=1)
+    segments[-1, -length // 4 :] = 0
+    return {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "segments_BT": segments}
+
+
+@functools.cache
+def results(cfg, sizes, length=T):
+    """(loss of every token, router losses, gradient) on a mesh of these sizes, or on one device."""
+    mesh = meshes.make(schema.Mesh(**dict(sizes))) if sizes else None
+    rng = np.random.default_rng(0)  # no compile
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), transformer.shapes(cfg))
+    rows = batch(length)
+    if mesh is not None:
+        meshes.check_shapes(transformer.shapes(cfg), transformer.axes(cfg), mesh)
+        params = jax.device_put(params, meshes.shardings(transformer.axes(cfg), mesh))
+        rows = meshes.put(rows, mesh)
+
+    def loss(params, rows):
+        losses = transformer.Forward(cfg, mesh).losses(params, rows)
+        return (losses.nll_BT * jnp.cos(jnp.arange(length))).sum() + 10 * losses.aux, losses
+
+    (_, losses), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rows)
+    return jax.tree.map(np.asarray, (losses, grad))
+
+
+def same(cfg, sizes, length=T):
+    expected, got = results(cfg, (), length), results(cfg, tuple(sizes.items()), length)
+    for e, g in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-4 * np.abs(e).max())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=8), dict(fsdp=8), dict(data=2, tensor=4), dict(context=8), dict(fsdp=2, tensor=2, context=2)],
+    ids=str,
+)
+def test_dense(sizes):
+    same(tiny(**DENSE), sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=8), dict(data=2, expert=4), dict(fsdp=2, tensor=2, expert=2), dict(context=2, expert=4)],
+    ids=str,
+)
+def test_mixture_of_experts(sizes):
+    same(tiny(**MOE), sizes)
+
+
+@pytest.mark.parametrize("sizes", [dict(context=4, tensor=2), dict(fsdp=2, context=2, data=2)], ids=str)
+def test_scanned_rematerialised_and_in_chunks(sizes):
+    same(tiny(layers=4, unroll=1, remat="full", loss_chunk=24), sizes)
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor=2, data=4), dict(context=2, data=4), dict(fsdp=4, tensor=2)], ids=str)
+def test_splash(sizes):
+    same(tiny(layers=1, attention="splash", pattern="W", window=9), sizes, length=256)
+
+
+def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():
+    cfg = tiny(kv_heads=2)
+    with pytest.raises(schema.ConfigError, match="mesh.tensor is 4.*kv_heads"):
+        same(cfg, dict(tensor=4, data=2))
