@@ -1,23 +1,28 @@
 """The quickstart: a small language model of Python's own documentation, learned while you watch.
 
-make quickstart         or: lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
+    make quickstart         or: lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
+
+0.8M parameters, 1.4M tokens, about three minutes on 2 CPU cores. Expect held-out bits per byte from 6.2 to about 1.65,
+where `xz -9` needs 2.3 for the same bytes, and samples that look like documentation and mean nothing.
 """
 
 from lmtrain import config
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=2400)
+    a = config.parse_arg(arg, steps=700)
     c = config.experiment()
-    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=384)
+    # Few tokens beyond the 256 bytes: with so little compute, a large vocabulary would stay mostly unlearned.
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=288, train_bytes=5_000_000)
     c.stages.pretrain = config.stage(
         steps=a.steps,
-        batch_size=16,
-        eval_every=400,
-        checkpoint_every=400,
-        prompts=("", "Return ", "class "),
+        batch_size=8,
+        eval_every=100,
+        checkpoint_every=100,
+        prompts=("", "class ", "Return "),
         samples=3,
+        sample_tokens=256,
         model=config.model(layers=4, width=128, heads=4),
-        data=config.data("stdlib", path="docs", row_length=128),
+        data=config.data("stdlib", path="docs", row_length=256),
     )
     return c
