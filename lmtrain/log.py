@@ -85,7 +85,11 @@ class Writer:
                 self._wants_board = False
                 say('No TensorBoard files: pip install "lmtrain[tensorboard]" adds them. metrics.jsonl has the same.')
                 return None
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge)
+            # The suffix tells apart files begun within one second.
+            suffix = f".from-{self._purge or 0}"
+            self._board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self._purge, filename_suffix=suffix
+            )
         return self._board
 
 

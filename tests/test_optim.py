@@ -48,7 +48,13 @@ def cfg(**fields):
     return schema.Optim(**{"schedule": "constant", "warmup": 0, "clip": 0.0, **fields})
 
 
-def updates(c, grads, params=None, steps=1, axes=AXES):
+def pick(names):
+    """(gradients, axes) of some of the block's parameters."""
+    grads = draw(0)["block"]
+    return {"block": {n: grads[n] for n in names}}, {"block": {n: AXES["block"][n] for n in names}}
+
+
+def updates(c, grads, axes=AXES, params=None, steps=1):
     """The update of the last of some steps that all see the same gradients."""
     params = jax.tree.map(jnp.zeros_like, grads) if params is None else params
     return repeat(optim.make(c, 100, axes)[0], grads, params, steps)
@@ -90,7 +96,7 @@ def test_input_and_output_of_a_matrix_are_read_from_its_axes(axes, dims):
 
 # ---------------------------------------------------------------------------------------------------------------- muon
 def test_muon_makes_every_matrix_of_a_stack_orthogonal_for_itself():
-    update = updates(cfg(muon_lr=0.5), draw(0))["block"]
+    update = updates(cfg(muon_lr=0.5), *pick(MATRICES))["block"]
     flat = {"q": (16, 32), "o": (32, 16), "up": (16, 64), "expert": (64, 16)}
     for name, (fan_in, fan_out) in flat.items():
         matrices = np.asarray(update[name]).reshape(-1, fan_in, fan_out)
@@ -99,18 +105,18 @@ def test_muon_makes_every_matrix_of_a_stack_orthogonal_for_itself():
 
 
 def test_a_stacked_layer_is_updated_as_it_would_be_alone():
-    grads = draw(0)
-    grads["block"]["q"] = grads["block"]["q"].at[1].multiply(1e-3)  # its own norm, not the stack's
-    whole = updates(cfg(), grads, steps=2)["block"]["q"]
-    axes = {"q": AXES["block"]["q"][1:]}
+    stack = draw(0)["block"]["q"].at[1].multiply(1e-3)  # its own norm counts, not the stack's
+    axes = AXES["block"]["q"]
+    grads = {"stack": stack} | {str(layer): stack[layer] for layer in range(3)}
+    found = updates(cfg(), grads, steps=2, axes={"stack": axes} | {str(layer): axes[1:] for layer in range(3)})
     for layer in range(3):
-        alone = updates(cfg(), {"q": grads["block"]["q"][layer]}, steps=2, axes=axes)["q"]
-        np.testing.assert_allclose(whole[layer], alone, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found["stack"][layer], found[str(layer)], rtol=1e-4, atol=1e-6)
 
 
 def test_beside_muon_everything_else_gets_plain_adamw():
-    grads, c = draw(0), cfg(lr=0.01)
-    found = updates(c, grads, steps=3)
+    (grads, axes), c = pick(("up", "router", "bias", "norm")), cfg(lr=0.01)
+    grads, axes = grads | {"embedding": draw(0)["embedding"]}, axes | {"embedding": AXES["embedding"]}
+    found = updates(c, grads, steps=3, axes=axes)
     adam = optax.adamw(0.01, c.b1, c.b2, c.eps, weight_decay=0.0)
     expected = repeat(adam, grads, jax.tree.map(jnp.zeros_like, grads), 3)
     for name in ("router", "bias", "norm"):
@@ -118,15 +124,18 @@ def test_beside_muon_everything_else_gets_plain_adamw():
     np.testing.assert_allclose(found["embedding"], expected["embedding"], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    return updates(cfg(), draw(3), steps=2)
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}])
-def test_muon_over_a_mesh_is_muon_on_one_device(axes):
-    grads = draw(3)
-    alone = updates(cfg(), grads, steps=2)
+def test_muon_over_a_mesh_is_muon_on_one_device(axes, on_one_device):
     m = mesh.make(schema.Mesh(**axes))
-    split = jax.device_put(grads, mesh.shardings(AXES, m))
+    split = jax.device_put(draw(3), mesh.shardings(AXES, m))
     assert not split["block"]["q"].sharding.is_fully_replicated
     found = updates(cfg(), split, steps=2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, on_one_device)
 
 
 def test_momentum_and_further_arguments_reach_muon():
@@ -149,7 +158,7 @@ def test_momentum_and_further_arguments_reach_muon():
 @pytest.mark.parametrize("name, rate", [("muon", 0.02), ("adamw", 0.003), ("lion", 0.003)])
 def test_weight_decay_shrinks_matrices_only(name, rate):
     params = draw(1)
-    found = updates(cfg(name=name, weight_decay=0.1), jax.tree.map(jnp.zeros_like, params), params)
+    found = updates(cfg(name=name, weight_decay=0.1), jax.tree.map(jnp.zeros_like, params), params=params)
     for leaf in MATRICES:
         np.testing.assert_allclose(found["block"][leaf], -0.1 * rate * params["block"][leaf], rtol=1e-4, atol=1e-8)
     for leaf in ("router", "bias", "norm"):
@@ -208,13 +217,14 @@ def test_minimises_a_quadratic(name, lr):
 
 
 def test_what_only_adamw_has_by_default_reaches_others_when_set():
-    grads = draw(0)
+    grads, axes = pick(["up"])
+    params = {"block": {"up": draw(1)["block"]["up"]}}
 
     def direction(**fields):
-        return updates(cfg(name="lamb", lr=1.0, **fields), grads, draw(1), steps=2)["embedding"]
+        return updates(cfg(name="lamb", lr=1.0, **fields), grads, axes, params, steps=2)["block"]["up"]
 
-    expected = repeat(optax.lamb(1.0), grads, draw(1), 2)
-    np.testing.assert_allclose(direction(), expected["embedding"], rtol=1e-4, atol=1e-6)
+    expected = repeat(optax.lamb(1.0), grads, params, 2)
+    np.testing.assert_allclose(direction(), expected["block"]["up"], rtol=1e-4, atol=1e-6)
     assert not np.allclose(direction(eps=10.0), direction(), rtol=1e-3)
     with pytest.raises(ConfigError, match="optim.b2 is 0.5, but sgd takes none"):
         optim.make(cfg(name="sgd", b2=0.5), 10, AXES)

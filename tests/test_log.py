@@ -1,0 +1,185 @@
+"""metrics.jsonl stays one valid object a line whatever happens; the bar, the rates, the table of peaks."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmtrain import log
+
+
+def lines(folder):
+    """Every line, parsed strictly: NaN and Infinity are no JSON."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return [json.loads(x, parse_constant=refuse) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------------- writer
+def test_one_object_a_line_with_plain_numbers(tmp_path):
+    writer = log.Writer(tmp_path / "a" / "b", tensorboard=False)
+    writer.write(1, {"loss": np.float32(2.5), "tokens": 64, "mfu": None})
+    writer.write(2, {"loss": jnp.float32("nan"), "worst": float("inf"), "note": "new\nline"})
+    rows = lines(tmp_path / "a" / "b")
+    assert rows == [
+        {"step": 1, "loss": 2.5, "tokens": 64, "mfu": None},
+        {"step": 2, "loss": None, "worst": None, "note": "new\nline"},
+    ]
+    assert log.read_metrics(tmp_path / "a" / "b") == rows
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    for last in (7, 9):
+        writer = log.Writer(tmp_path, tensorboard=False)
+        writer.truncate(4)
+        for step in range(5 if last == 9 else 0, last + 1):
+            writer.write(step, {"loss": float(step)})
+    assert [r["step"] for r in lines(tmp_path)] == list(range(10))
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
+    writer = log.Writer(tmp_path, tensorboard=False)
+    writer.write(1, {"loss": 1.0})
+    with writer.file.open("a") as f:
+        f.write('{"step": 2, "lo')
+    assert [r["step"] for r in log.read_metrics(tmp_path)] == [1]
+    log.Writer(tmp_path, tensorboard=False).write(2, {"loss": 2.0})
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2]
+    with writer.file.open("a") as f:
+        f.write('{"step": 3')
+    log.Writer(tmp_path, tensorboard=False).truncate(1)
+    assert [r["step"] for r in lines(tmp_path)] == [1]
+
+
+def test_no_metrics_yet(tmp_path):
+    assert log.read_metrics(tmp_path) == []
+    log.Writer(tmp_path, tensorboard=False).truncate(0)
+
+
+def test_tensorboard_has_the_same_numbers_and_hides_what_was_forgotten(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = log.Writer(tmp_path)
+    writer.write(1, {"loss": 2.0, "note": "text"})
+    writer.truncate(1)
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    content = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+    assert b"loss" in content and len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_without_tensorboardx_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    writer = log.Writer(tmp_path)
+    writer.write(1, {"loss": 2.0})
+    writer.write(2, {"loss": 2.0})
+    assert capsys.readouterr().out.count('pip install "lmtrain[tensorboard]"') == 1 and len(lines(tmp_path)) == 2
+
+
+def test_importing_log_imports_nothing_heavy():
+    code = "import sys, lmtrain.log; print([m for m in ('tensorboardX', 'rich', 'orbax', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+def test_plain_lines_at_intervals_at_evaluations_and_at_the_end(capsys):
+    with log.Progress(100, name="pretrain", every=40) as progress:
+        for step in range(1, 101):
+            row = {"loss": 2.0, "tokens_per_second": 12345.6, "mfu": 0.347}
+            progress.show(step, {**row, "heldout_loss": 1.5} if step == 55 else row)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in out] == ["40/100", "55/100", "80/100", "100/100"]
+    assert out[0].startswith("pretrain 40/100  loss 2.000  12,346 tokens/s  MFU 34.7%  ") and out[0].endswith("left")
+    assert "held out 1.500" in out[1] and "held out 1.500" in out[2] and "left" not in out[3]
+
+
+def test_numbers_that_are_not_known_are_left_out(capsys):
+    with log.Progress(10, name="x", every=1) as progress:
+        progress.show(0, {})
+        progress.show(1, {"loss": 1.0, "tokens_per_second": None, "mfu": None})
+    assert capsys.readouterr().out.splitlines()[1].startswith("x 1/10  loss 1.000  0:00 left")
+
+
+def test_a_terminal_gets_a_live_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with log.Progress(10, 3, name="pretrain") as progress:
+        progress.show(5, {"loss": 2.125, "tokens_per_second": 1000.0, "mfu": 0.5})
+        log.say("a message above the bar")
+    text = terminal.getvalue()
+    assert "pretrain" in text and "5/10" in text and "loss 2.125" in text and "a message above the bar" in text
+
+
+def test_time_left_reads_as_a_clock():
+    assert [log._clock(s) for s in (0.4, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+def test_rates_count_steps_but_neither_compilation_nor_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    meter = log.Meter(tokens_per_step=100, flops_per_token=6.0, peak=10.0, devices=2)
+    meter.restart()
+    assert meter.rates() == (None, None)
+    now[0] = 50.0  # compilation, with the first step
+    meter.step()
+    assert meter.rates() == (None, None)
+    for _ in range(3):
+        now[0] += 2.0
+        meter.step()
+    assert meter.rates() == (pytest.approx(50.0), pytest.approx(50.0 * 6 / 20))
+    with meter.paused():
+        now[0] += 1000.0
+    now[0] += 2.0
+    meter.step()
+    assert meter.rates()[0] == pytest.approx(50.0)
+
+
+def test_rates_are_of_the_last_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    meter = log.Meter(100, 6.0, None, devices=1, window=4)
+    for seconds in [10.0] * 10 + [1.0] * 4:
+        now[0] += seconds
+        meter.step()
+    assert meter.rates() == (pytest.approx(100.0), None)
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA H20", 148e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v3", 61.5e12),
+        ("cpu", None),
+        ("Radeon", None),
+    ],
+)
+def test_peaks(kind, peak):
+    assert log.peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
+
+
+def test_the_ceiling_of_this_machine_is_a_plausible_number():
+    assert 1e8 < log.matmul_ceiling(seconds=0.05) < 1e15
