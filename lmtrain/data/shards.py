@@ -149,7 +149,7 @@ def _member(
         duplicates = tokens = 0
         while tokens < shard_tokens and not last:
             chunk: list[tuple[bytes, bytes, bool]] = []
-            size = 0
+            size = skipped = 0
             last = True  # unless the source still has some when the chunk is full
             for document in source:
                 read += 1
@@ -158,6 +158,7 @@ def _member(
                 size += len(text)
                 if mark in seen:
                     duplicates += 1
+                    skipped += len(text)
                 elif text:
                     seen.add(mark)
                     chunk += [(part, mark, held) for part, held in split(document, offset)]
@@ -165,11 +166,12 @@ def _member(
                 if size >= min(_ENCODE_BYTES, shard_tokens):
                     last = False
                     break
-            for (text, mark, held), ids in zip(chunk, tokenizer.encode_batch([c[0] for c in chunk]), strict=True):
+            bar.advance(skipped)
+            encoded = tokenizer.encode_batch([text for text, _, _ in chunk], done=bar.advance)
+            for (text, mark, held), ids in zip(chunk, encoded, strict=True):
                 sides[held] += [begin, ids.astype(dtype)]
                 rows.append((mark, len(text), len(ids) + 1, held))
                 tokens += len(ids) + 1
-            bar.advance(size)
         train, heldout = np.concatenate(sides[False]), np.concatenate(sides[True])
         note = {"read": read, "duplicates": duplicates, "last": last}
         path = store.stem(target, number, len(records))

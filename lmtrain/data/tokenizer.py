@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ SPLIT = (
 
 #: A long document is encoded in pieces of about so many characters, in parallel. Pieces end behind a line end that no
 #: blank follows, where SPLIT always ends a word: the ids are those of the whole.
-PIECE = 1 << 16
+PIECE = 1 << 14
+# Characters that one call encodes: what `tokenizers` returns takes some forty times the room of its text.
+_CALL = 1 << 20
 
 # What other vocabularies call the token that ends a document.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
@@ -111,24 +113,29 @@ class Tokenizer:
         """Ids of a text. Never a special one; bytes that are not UTF-8 (and lone surrogates) become one token each."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        """Ids of every text, int32[n] each, encoded by as many threads as `tokenizers` takes (RAYON_NUM_THREADS)."""
+    def encode_batch(self, texts: Sequence[str | bytes], done: Callable[[int], None] | None = None) -> list[np.ndarray]:
+        """Ids of every text, int32[n] each, encoded by as many threads as `tokenizers` takes (RAYON_NUM_THREADS).
+
+        `done`, if given, is called now and then with the number of bytes encoded since.
+        """
         if self._only_bytes:
-            return [self._byte_ids[np.frombuffer(as_bytes(text), np.uint8)] for text in texts]
-        # A part is a piece of valid text, or the bytes that are not.
-        parts = [list(_parts(text)) for text in texts]
-        valid = [part for text in parts for part in text if isinstance(part, str)]
-        encoded = iter(self.backend.encode_batch_fast(valid, add_special_tokens=False))
-        out = []
-        for text in parts:
-            ids = [
-                np.array(next(encoded).ids, np.int32)
-                if isinstance(part, str)
-                else self._byte_ids[np.frombuffer(part, np.uint8)]
-                for part in text
-            ]
-            out.append(ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.int32), *ids]))
-        return out
+            ids = [self._byte_ids[np.frombuffer(as_bytes(text), np.uint8)] for text in texts]
+            if done:
+                done(sum(map(len, ids)))
+            return ids
+        out: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
+        parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text))
+        for call in _calls(parts):
+            valid = [part for _, part in call if isinstance(part, str)]
+            encoded = iter(self.backend.encode_batch_fast(valid, add_special_tokens=False))
+            for i, part in call:
+                if isinstance(part, str):
+                    out[i].append(np.array(next(encoded).ids, np.int32))
+                else:
+                    out[i].append(self._byte_ids[np.frombuffer(part, np.uint8)])
+            if done:
+                done(sum(len(as_bytes(part)) for _, part in call))
+        return [np.concatenate(ids) for ids in out]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes behind ids; special tokens stand for none."""
@@ -268,13 +275,27 @@ def as_bytes(text: str | bytes) -> bytes:
 
 
 def _parts(text: str | bytes) -> Iterator[str | bytes]:
-    """A text as pieces of valid UTF-8, and the bytes between them that are not."""
+    """A text as pieces of valid UTF-8 (str), and the bytes between them that are not (bytes)."""
     escaped = as_bytes(text).decode("utf-8", errors="surrogateescape")
     for i, run in enumerate(_NOT_UTF8.split(escaped)):
         if i % 2:
             yield run.encode("utf-8", errors="surrogateescape")
         else:
             yield from _cut(run)
+
+
+def _calls(parts: Iterable[tuple[int, str | bytes]]) -> Iterator[list[tuple[int, str | bytes]]]:
+    """Parts in lists of about _CALL characters."""
+    call: list[tuple[int, str | bytes]] = []
+    size = 0
+    for part in parts:
+        call.append(part)
+        size += len(part[1])
+        if size >= _CALL:
+            yield call
+            call, size = [], 0
+    if call:
+        yield call
 
 
 def _cut(text: str) -> Iterator[str]:
