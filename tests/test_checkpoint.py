@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -290,6 +291,71 @@ def test_killed_while_it_saves_without_pause(folder):
 @pytest.mark.slow
 def test_killed_while_it_saves_without_pause_many_times(folder):
     kill_at_random(folder, 15)
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+HOST = """
+    import sys
+    index, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // count)
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", count, index)
+    import numpy as np
+    sys.path.insert(0, TESTS)
+    import test_step as t
+    from lmtrain import checkpoint, mesh
+    m, start, abstract, update = t.build(accumulate=2, fsdp=2, tensor=2)
+    checkpoints = checkpoint.Checkpoints(folder, keep_last=1, keep_best=0)
+    found = checkpoints.restore_newest(abstract)
+    state, at = (found[0], found[2]) if found else (start(jax.random.key(0)), 0)
+    part, parts = mesh.share(m)
+    for n in range(at, at + 2):
+        whole = t.batch(seed=n)
+        rows = len(whole["weights_B"]) // parts
+        mine = {k: v[part * rows : (part + 1) * rows] for k, v in whole.items()}
+        state, metrics = update(state, mesh.put(mine, m))
+        checkpoints.save(n + 1, state, {"n": n + 1})
+    checkpoints.close()
+    print(part, parts, checkpoint.params_sha256(state.params), flush=True)
+    mesh.barrier("end")
+"""
+
+
+def hosts(folder, count):
+    """Two steps by so many processes, 8 devices in all; what each of them prints at its end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = textwrap.dedent(HOST).replace("TESTS", repr(str(pathlib.Path(__file__).parent)))
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i), str(count), str(port), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for i in range(count)
+    ]
+    done = [p.communicate(timeout=240) for p in running]
+    assert all(p.returncode == 0 for p in running), "\n".join(error for _, error in done)
+    return [out.splitlines()[-1].split() for out, _ in done]
+
+
+@pytest.mark.slow
+def test_processes_train_save_and_restore_as_one_would(folder, tmp_path):
+    alone = [hosts(tmp_path / "alone", 1), hosts(tmp_path / "alone", 1)][-1][0][2]
+    for count in (2, 4):  # saved by 2, restored by 4
+        ends = hosts(folder, count)
+        assert [e[:2] for e in ends] == [[str(i), str(count)] for i in range(count)]
+    assert len({e[2] for e in ends}) == 1 and checkpoint.steps(folder) == [4]
+    ours, theirs = checkpoint.load_params(folder), checkpoint.load_params(tmp_path / "alone")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+    assert checkpoint.params_sha256(ours) == ends[0][2] and checkpoint.params_sha256(theirs) == alone
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

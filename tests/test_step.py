@@ -203,7 +203,7 @@ def test_evaluation_returns_sums_that_add_up_to_the_whole():
     params, b = init(jax.random.key(0)), batch()
     whole = evaluate(params, mesh.put(b, m))
     parts = [evaluate(params, mesh.put({k: v[i : i + 8] for k, v in b.items()}, m)) for i in (0, 8)]
-    assert set(whole) == {"loss", "large", "absent"}
+    assert set(whole) == {"loss", "large", "absent"} and all(x.dtype == jnp.float32 for x in jax.tree.leaves(whole))
     for name, (total, weight) in whole.items():
         assert float(total) == pytest.approx(sum(float(p[name][0]) for p in parts), rel=1e-5)
         assert float(weight) == sum(float(p[name][1]) for p in parts)
