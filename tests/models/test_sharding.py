@@ -66,19 +66,28 @@ def test_dense(sizes):
 
 @pytest.mark.parametrize(
     "sizes",
-    [dict(data=8), dict(data=2, expert=4), dict(fsdp=2, tensor=2, expert=2), dict(context=2, expert=4)],
+    [
+        pytest.param(dict(data=8), marks=pytest.mark.slow),
+        dict(data=2, expert=4),
+        dict(fsdp=2, tensor=2, expert=2),
+        dict(context=2, expert=4),
+    ],
     ids=str,
 )
 def test_mixture_of_experts(sizes):
     same(tiny(**MOE), sizes)
 
 
-@pytest.mark.parametrize("sizes", [dict(context=4, tensor=2), dict(fsdp=2, context=2, data=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(context=4, tensor=2), pytest.param(dict(fsdp=2, context=2, data=2), marks=pytest.mark.slow)], ids=str
+)
 def test_scanned_rematerialised_and_in_chunks(sizes):
     same(tiny(layers=4, unroll=1, remat="full", loss_chunk=24), sizes)
 
 
-@pytest.mark.parametrize("sizes", [dict(tensor=2, data=4), dict(context=2, data=4), dict(fsdp=4, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2, tensor=2, context=2), pytest.param(dict(fsdp=8), marks=pytest.mark.slow)], ids=str
+)
 def test_splash(sizes):
     same(tiny(layers=1, attention="splash", pattern="W", window=9), sizes, length=256)
 
