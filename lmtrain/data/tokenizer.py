@@ -43,8 +43,9 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-#: A long document is encoded in pieces of about so many characters, in parallel. Pieces end behind a line end that no
-#: blank follows, where SPLIT always ends a word: the ids are those of the whole.
+#: A long document is encoded in pieces of about so many characters, in parallel. Pieces begin where a line does that is
+#: not blank, its indentation included: there SPLIT always ends a word, so the ids are those of the whole. (A line longer
+#: than two pieces is cut anywhere.)
 PIECE = 1 << 14
 # Characters that one call encodes: what `tokenizers` returns takes some forty times the room of its text.
 _CALL = 1 << 20
@@ -310,4 +311,4 @@ def _cut(text: str) -> Iterator[str]:
 
 
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
-_LINE_START = re.compile(r"(?<=\n)(?=\S)")
+_LINE_START = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")

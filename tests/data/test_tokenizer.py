@@ -71,16 +71,17 @@ def test_digits_go_in_groups_of_at_most_two_and_words_keep_their_space():
     assert words.decode([words.encode("        return")[-1]]) == " return"
 
 
-@given(st.lists(st.sampled_from(["\n", " ", "  ", "a", "the ", "x\n", "!\n", "\r\n", "12", "\t", "'s"]), max_size=60))
+@given(st.lists(st.sampled_from(["\n", " ", "  ", "a", "the ", "x\n", "!\n", "\r\n", "12", "\t", "'s", "\r", "\x0b", "\x1c"]), max_size=60))
 def test_cutting_where_a_line_starts_gives_the_ids_of_the_whole(parts):
     text = "".join(parts)
     pieces = tokenizer._LINE_START.split(text)
     assert [i for piece in pieces for i in BPE.encode(piece)] == BPE.encode(text)
 
 
-def test_a_long_text_is_encoded_in_pieces_as_the_whole():
-    text = "".join(TEXT) * 1000
-    assert len(list(tokenizer._cut(text))) > 2 and len(text) > 2 * tokenizer.PIECE
+@pytest.mark.parametrize("line", ["def f(x):\n    return 1\n", "    indented throughout  \n\n  \n", "!\n\n   x\r\n"])
+def test_a_long_text_is_encoded_in_pieces_as_the_whole(line):
+    text = line * (3 * tokenizer.PIECE // len(line))
+    assert len(list(tokenizer._cut(text))) > 2
     assert BPE.encode(text) == BPE.backend.encode(text, add_special_tokens=False).ids
 
 
