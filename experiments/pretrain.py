@@ -4,7 +4,7 @@
         --config.stages.pretrain.data.path=books/
 
 Sizes: 1m 4m 12m 30m 117m 350m 1b 3b 8b 70b (models/presets.py has the well-known shapes too: llama3-8b, gemma3-1b...).
-The number of steps is what 20 tokens for each parameter need (Chinchilla, arXiv 2203.15556); change it by `:30m,steps=500`.
+The number of steps is what 20 tokens for each parameter need (Chinchilla, arXiv 2203.15556); `:30m,steps=500` sets it.
 On several devices: --config.mesh.fsdp=8, and so on. 1m takes about 20 minutes on 2 CPU cores.
 """
 

@@ -7,7 +7,7 @@
 10 % of the file held out whole.
 """
 
-from lmtrain import config
+from lmtrain import config, flags
 
 
 def get_config(arg=""):
@@ -17,7 +17,7 @@ def get_config(arg=""):
         "gpu": dict(layers=6, width=384, heads=6, row_length=256, batch_size=64, steps=5000),
     }
     if a.size not in shapes:
-        raise config.ConfigError(config.unknown(a.size, shapes, "a size of this experiment"))
+        raise flags.ConfigError(flags.unknown(a.size, shapes, "a size of this experiment"))
     s = shapes[a.size]
     c = config.experiment()
     c.stages.tokenizer = config.tokenizer("bytes")

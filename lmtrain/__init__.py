@@ -12,17 +12,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmtrain.train import Run as Run
-    from lmtrain.train import run as run
+    from lmtrain.experiment import run as run
+    from lmtrain.runs import Run as Run
+    from lmtrain.runs import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "run"]
+__all__ = ["Run", "__version__", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:
     # JAX takes a second to import: `lmtrain --help` and `import lmtrain.config` should not wait for it.
-    if name in ("run", "load", "Run"):
-        from lmtrain import experiment
+    if name == "run":
+        from lmtrain.experiment import run
 
-        return getattr(experiment, name)
+        return run
+    if name in ("load", "Run"):
+        from lmtrain import runs
+
+        return getattr(runs, name)
     raise AttributeError(f"module 'lmtrain' has no attribute {name!r}")

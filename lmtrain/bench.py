@@ -69,13 +69,14 @@ def train(
     seconds = []
     with log.Progress(steps, 0, name=f"bench {preset}") as progress:
         for i in range(steps):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             state, metrics = update(state, batch)
             loss = float(metrics["loss"])
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - begin)
             progress.show(i + 1, {"loss": loss, "tokens_per_second": rows * row_length / seconds[-1]})
+    peak = log.peak_flops()
     peak_mb = peak_memory_mb()  # before the ceiling's own matrices
-    ceiling = log.matmul_ceiling(forward.dtype.name) * (mesh.size if log.peak_flops() else 1)
+    ceiling = log.matmul_ceiling(forward.dtype.name) * (mesh.size if peak else 1)
     backend = attention_lib.choose(
         cfg.attention, attention_lib.platform(mesh), length=row_length, head_dim=cfg.head_dim,
         softcap=cfg.attn_softcap, dtype=forward.dtype, mesh=mesh,
@@ -88,7 +89,7 @@ def train(
         "parameters": transformer.count(cfg)["total"], "rows": rows, "row_length": row_length, "accumulate": accumulate,
         "tokens_per_second": round(rate), "tokens_per_second_best": round(rows * row_length / min(seconds)),
         "gflops": round(flops / 1e9, 1), "ceiling_gflops": round(ceiling / 1e9, 1), "share": round(flops / ceiling, 3),
-        "mfu": round(flops / (log.peak_flops() * mesh.size), 3) if log.peak_flops() else None,
+        "mfu": round(flops / (peak * mesh.size), 3) if peak else None,
         "first_step_s": round(first_step, 1), "peak_mb": peak_mb, "loss": [round(first_loss, 4), round(loss, 4)],
     }  # fmt: skip
     for name in ("parameters", "tokens_per_second", "gflops", "ceiling_gflops", "share", "first_step_s", "peak_mb"):

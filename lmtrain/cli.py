@@ -115,7 +115,7 @@ def fields_help() -> str:
                 show(hints[f.name], f"{path}{f.name}.")
             elif f.name != "stages":
                 default = f.default if f.default is not dataclasses.MISSING else "{}"
-                lines.append(f"  {path}{f.name}={default!r:<10}  {notes.get(f.name, '')}".rstrip())
+                lines.append(f"  {f'{path}{f.name}={default!r}':<52}  {notes.get(f.name, '')}".rstrip())
 
     show(schema.Experiment, "")
     lines.append("  a training stage:")
@@ -133,9 +133,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import experiment
 
-    run = experiment.load(args.dir)
+    from lmtrain import runs
+
+    run = runs.load(args.dir)
     for i in range(args.samples):
         print(args.prompt, end="", flush=True)
         pieces = run.stream(

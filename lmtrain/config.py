@@ -25,11 +25,11 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference, placeholder
 
-from lmtrain import schema
+from lmtrain import flags, schema
 from lmtrain.schema import ConfigError
 from lmtrain.types import LmtrainError
 
@@ -100,23 +100,11 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
         elif not eq and i == 0 and defaults:
             name, text = next(iter(defaults)), part
         elif name not in defaults:
-            raise ConfigError(f"{part!r} after the colon: {unknown(name, defaults, 'an argument of this experiment')}")
-        values[name] = _parse(text, type(defaults[name]), f"{name} (after the colon)")
+            raise ConfigError(
+                f"{part!r} after the colon: {flags.unknown(name, defaults, 'an argument of this experiment')}"
+            )
+        values[name] = flags.parse(text, type(defaults[name]), f"{name} (after the colon)")
     return types.SimpleNamespace(**values)
-
-
-def _parse(text: str, kind: type, where: str) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "1", "false", "0"):
-            return text.lower() in ("true", "1")
-    elif kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    else:
-        return text
-    raise ConfigError(f"{where} is {text!r}, but takes {_ARTICLE[kind]}.")
 
 
 # ------------------------------------------------------------------------------------------- reading an experiment
@@ -142,7 +130,7 @@ def load(file_and_arg: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """Applies `--config.a.b=value` flags to a ConfigDict, in place, through ml_collections.config_flags."""
-    overrides = _join_values(list(overrides))
+    overrides = flags.join_values(list(overrides))
     for flag in overrides:  # a new objective brings its own settings, so those come first
         path, eq, value = flag.removeprefix("--config.").partition("=")
         if eq and re.fullmatch(r"stages\.\w+\.objective", path) and path.split(".")[1] in c.get("stages", {}):
@@ -151,14 +139,14 @@ def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             with s.unlocked():
                 s.loss = _config_dict(settings, {}, "loss") if settings else ConfigDict()
     for flag in overrides:
-        _check_path(c, flag)
-    values = flags.FlagValues()
+        flags.check_path(c, flag)
+    values = absl_flags.FlagValues()
     argv = ["lmtrain", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", c, flag_values=values, sys_argv=argv)
         values(argv)
-    except (flags.Error, TypeError, ValueError, AttributeError, KeyError, SyntaxError) as e:
-        raise ConfigError(_explain(c, overrides, e)) from None
+    except (absl_flags.Error, TypeError, ValueError, AttributeError, KeyError, SyntaxError) as e:
+        raise ConfigError(flags.explain(c, overrides, e)) from None
     result: ConfigDict = values["config"].value
     return result
 
@@ -208,7 +196,7 @@ def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
             raise ConfigError(f"{what} {name!r}: cannot import {module_name} ({e}).") from None
         if not hasattr(module, attribute):
             names = [n for n in vars(module) if not n.startswith("_")]
-            raise ConfigError(f"{what} {name!r}: {unknown(attribute, names, f'in {module_name}')}")
+            raise ConfigError(f"{what} {name!r}: {flags.unknown(attribute, names, f'in {module_name}')}")
         found: Callable[..., Any] = getattr(module, attribute)
         return found
     known = {}
@@ -217,7 +205,7 @@ def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(f"{package}.{file.stem}")
         known.update({n: f for n, f in vars(module).items() if n in getattr(module, "__all__", ())})
     if name not in known:
-        hint = unknown(name, known, f"a known {what}")
+        hint = flags.unknown(name, known, f"a known {what}")
         raise ConfigError(f'{what}: {hint}, or "package.module:function".')
     return known[name]
 
@@ -228,20 +216,10 @@ def loss_settings(objective: str) -> type | None:
     hints = typing.get_type_hints(fn)
     names = list(fn.__code__.co_varnames[: fn.__code__.co_argcount])
     kind = hints.get(names[3]) if len(names) > 3 else None
-    return kind if dataclasses.is_dataclass(kind) else None
-
-
-def unknown(name: str, known: Iterable[str], of: str) -> str:
-    """ "lrate is not a field of optim. Did you mean lr? (fields: ...)"."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    guess = f" Did you mean {near[0]}?" if near else ""
-    return f"{name!r} is not {of}.{guess} (known: {', '.join(known) or 'none'})"
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 # ------------------------------------------------------------------------------------------- the parts
-
-_ARTICLE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a tuple"}
 
 
 def _import_file(path: str) -> Callable[[str], ConfigDict]:
@@ -284,10 +262,11 @@ def _config_dict(cls: type, given: dict[str, Any], where: str) -> ConfigDict:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in given:
         if name not in fields:
-            raise ConfigError(f"{where}: {unknown(name, fields, f'a field of {where}')}")
+            raise ConfigError(f"{where}: {flags.unknown(name, fields, f'a field of {where}')}")
     for name, f in fields.items():
         kind, optional = _optional(hints[name])
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        made = f.default_factory
+        default = made() if made is not dataclasses.MISSING else f.default
         value = given.get(name, default)
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             if value is None:
@@ -323,7 +302,7 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} is {value!r}, but takes {_ARTICLE.get(kind, kind)}.")
+    raise ConfigError(f"{where} is {value!r}, but takes {flags.ARTICLE.get(kind, kind)}.")
 
 
 def _dataclass(cls: Any, c: ConfigDict, where: str) -> Any:
@@ -333,7 +312,7 @@ def _dataclass(cls: Any, c: ConfigDict, where: str) -> Any:
     at = f"{where}." if where else ""
     for name in c:
         if name not in fields:
-            raise ConfigError(f"{at}{name}: {unknown(name, fields, 'a field of ' + (where or 'an experiment'))}")
+            raise ConfigError(f"{at}{name}: {flags.unknown(name, fields, 'a field of ' + (where or 'an experiment'))}")
     values: dict[str, Any] = {}
     for name in fields & set(c.keys()):
         kind, optional = _optional(hints[name])
@@ -368,58 +347,3 @@ def _check_stage(s: schema.Stage, where: str) -> None:
         raise ConfigError(
             f"{where}.data.heldout_fraction is {s.data.heldout_fraction}, but takes a share between 0 and 1."
         )
-
-
-def _join_values(argv: list[str]) -> list[str]:
-    """["--config.a", "1"] -> ["--config.a=1"], and refuses what is no override."""
-    joined: list[str] = []
-    i = 0
-    while i < len(argv):
-        if not re.match(r"--config\.", argv[i]):
-            raise ConfigError(f"unknown argument {argv[i]!r}. Settings are given as --config.stages.NAME.field=value.")
-        if "=" not in argv[i] and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            joined.append(f"{argv[i]}={argv[i + 1]}")
-            i += 1
-        else:
-            joined.append(argv[i])
-        i += 1
-    return joined
-
-
-def _check_path(c: ConfigDict, flag: str) -> None:
-    path, eq, value = flag.removeprefix("--config.").partition("=")
-    at: Any = c
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if not isinstance(at, ConfigDict):
-            raise ConfigError(f"--config.{path}: {'.'.join(parts[:i])} is a {type(at).__name__}, which has no fields.")
-        if part not in at:
-            of = ".".join(parts[:i]) or "the experiment"
-            hint = ""
-            if i == 0 and len(c.get("stages", {})):  # --config.optim.lr: say which stage
-                homes = [n for n, s in c.stages.items() if part in s]
-                hint = f" A stage has it: --config.stages.{homes[0]}.{path}." if homes else ""
-            raise ConfigError(f"--config.{path}: {unknown(part, at.keys(), f'a field of {of}')}.{hint}")
-        at = at[part]
-    if isinstance(at, ConfigDict):
-        raise ConfigError(f"--config.{path} is a group of fields; set one of them: {', '.join(sorted(at.keys()))}.")
-    if not eq and not isinstance(at, bool):
-        raise ConfigError(f"--config.{path} has no value: write --config.{path}=VALUE.")
-
-
-def _explain(c: ConfigDict, overrides: list[str], error: Exception) -> str:
-    """One sentence for what config_flags reports: field, what it got, what it takes."""
-    for flag in overrides:
-        path, _, value = flag.removeprefix("--config.").partition("=")
-        at: Any = c
-        for part in path.split("."):
-            at = at[part]
-        kind = type(at)
-        if kind in (int, float, bool):
-            try:
-                _parse(value, kind, "")
-            except ConfigError:
-                return f"--config.{path} is {value!r}, but takes {_ARTICLE[kind]} (now {at!r})."
-        if isinstance(at, tuple) and f"config.{path}" in str(error):
-            return f"--config.{path} is {value!r}, but takes a tuple (now {at!r})."
-    return f"settings: {error}"

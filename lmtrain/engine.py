@@ -94,7 +94,9 @@ def stream(
     draw = (sampling.temperature, sampling.top_k, sampling.top_p)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(jnp.arange(rows))
     capacity = _power_of_two(width + sampling.max_tokens, 64)
-    next_B, logps_B, cache = _start(cfg, draw, mesh, capacity, params, tokens_BT, lengths_B, keys_B)
+    next_B, logps_B, cache = _start(
+        cfg, draw, mesh, capacity, params, jnp.asarray(tokens_BT), jnp.asarray(lengths_B), keys_B
+    )
     live_B = np.ones(b, bool)
     for position in range(sampling.max_tokens):
         tokens, logps = np.asarray(next_B)[:b], np.asarray(logps_B)[:b]
@@ -109,7 +111,7 @@ def stream(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(
     cfg: schema.Model, draw: Any, mesh: Mesh | None, capacity: int, params: Params,
-    tokens_BT: Array, lengths_B: Array, keys_B: Array,
+    tokens_BT: jax.Array, lengths_B: jax.Array, keys_B: Array,
 ) -> Any:  # fmt: skip
     cache = decode.init_cache(cfg, tokens_BT.shape[0], capacity)
     logits_BV, cache = decode.prefill(cfg, params, tokens_BT, lengths_B, cache, mesh=mesh)
@@ -119,7 +121,7 @@ def _start(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
 def _advance(
     cfg: schema.Model, draw: Any, mesh: Mesh | None, params: Params,
-    tokens_B: Array, cache: Any, keys_B: Array, position: Array,
+    tokens_B: jax.Array, cache: Any, keys_B: Array, position: Array | int,
 ) -> Any:  # fmt: skip
     logits_BV, cache = decode.step(cfg, params, tokens_B, cache, mesh=mesh)
     return *sample(logits_BV, keys_B, position, *draw), cache

@@ -9,23 +9,18 @@ runs/NAME/report.html
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, config, engine, log, schema, train
+from lmtrain import checkpoint, config, engine, flags, log, runs, schema, train
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import pipeline, shards, sources
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -34,49 +29,9 @@ from lmtrain.models import transformer
 from lmtrain.types import LmtrainError, Params
 
 
-@dataclasses.dataclass
-class Run:
-    """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation."""
-
-    folder: pathlib.Path
-    stage: str
-    config: dict[str, Any]  # the stage's settings, as config.json holds them
-    model: schema.Model
-    tokenizer: tokenizer_lib.Tokenizer
-    params: Params
-    step: int
-
-    @functools.cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return log.read_metrics(self.folder / self.stage)
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What summary.json holds: for every stage its scores before and after."""
-        return read_summary(self.folder)
-
-    def generate(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> str:
-        """Continues a text and returns the continuation. `sampling`: top_k, top_p, seed (engine.Sampling)."""
-        return "".join(self.stream(prompt, tokens, temperature, **sampling))
-
-    def stream(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> Iterator[str]:
-        """The same, piece by piece. Bytes of an unfinished character wait for the rest of it."""
-        end = self.tokenizer.special("<|endoftext|>")
-        how = engine.Sampling(max_tokens=tokens, temperature=temperature, stop=(end,), **sampling)
-        waiting: list[int] = []
-        for tokens_B, _, live_B in engine.stream(self.model, self.params, [[end, *self.tokenizer.encode(prompt)]], how):
-            if live_B[0]:
-                waiting.append(int(tokens_B[0]))
-                text = self.tokenizer.decode(waiting)
-                if not text.endswith("\ufffd") or len(waiting) > 4:
-                    waiting.clear()
-                    yield text
-        if waiting:
-            yield self.tokenizer.decode(waiting)
-
-
-def run(experiment: str | ConfigDict | schema.Experiment, workdir: str | os.PathLike[str], overrides: Any = ()) -> Run:
+def run(
+    experiment: str | ConfigDict | schema.Experiment, workdir: str | os.PathLike[str], overrides: Any = ()
+) -> runs.Run:
     """Runs an experiment's stages in order, each going on where it stopped, and returns the run.
 
     Args:
@@ -100,10 +55,10 @@ def run(experiment: str | ConfigDict | schema.Experiment, workdir: str | os.Path
     use_compilation_cache()
     mesh = mesh_lib.make(e.mesh)
     preflight(e, mesh)
-    with owned(folder):
+    with runs.owned(folder):
         tok: tokenizer_lib.Tokenizer | None = None
         before: str = ""
-        done: Run | None = None
+        done: runs.Run | None = None
         first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
         for name, stage in e.stages.items():
             if isinstance(stage, schema.Tokenizer):
@@ -114,45 +69,6 @@ def run(experiment: str | ConfigDict | schema.Experiment, workdir: str | os.Path
                 before = name
         assert done is not None  # config.build refuses an experiment without a training stage
     return done
-
-
-def load(folder: str | os.PathLike[str]) -> Run:
-    """Opens a run (its last stage with a checkpoint) or one stage's folder, for generation and inspection."""
-    path = pathlib.Path(folder)
-    stage_folder = find_stage(path)
-    stored = json.loads((stage_folder / "config.json").read_text())
-    steps = checkpoint.steps(stage_folder / "checkpoints")
-    if not steps:
-        raise LmtrainError(f"{stage_folder}: no checkpoint yet. `lmtrain run` makes one.")
-    return Run(
-        folder=stage_folder.parent,
-        stage=stage_folder.name,
-        config=stored,
-        model=stored_model(stored),
-        tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
-        params=checkpoint.load_params(stage_folder / "checkpoints", steps[-1]),
-        step=steps[-1],
-    )
-
-
-def find_stage(path: pathlib.Path) -> pathlib.Path:
-    """The stage folder that `path` names: itself, or the run's last stage that has a checkpoint."""
-    if not path.exists():
-        raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
-    if (path / "checkpoints").is_dir():
-        return path
-    stages = [p.parent for p in path.glob("*/checkpoints")]
-    if not stages:
-        raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
-    return max(stages, key=lambda p: (p / "config.json").stat().st_mtime_ns)
-
-
-def nearest_run(path: pathlib.Path) -> str:
-    """A sentence that names runs beside `path`, for messages."""
-    found = sorted(
-        {str(p.parent.parent) for p in [*path.parent.glob("*/*/checkpoints"), *path.glob("*/*/checkpoints")]}
-    )
-    return f"Runs here: {', '.join(found[:5])}" if found else ""
 
 
 # ------------------------------------------------------------------------------------------- the stages
@@ -216,11 +132,11 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
             tok = tokenizer_lib.train(texts, cfg.vocab_size, limit=cfg.train_bytes)
         else:
             raise schema.ConfigError(
-                f"tokenizer.kind: {config.unknown(cfg.kind, ('bpe', 'bytes', 'file'), 'a kind of tokenizer')}"
+                f"tokenizer.kind: {flags.unknown(cfg.kind, ('bpe', 'bytes', 'file'), 'a kind of tokenizer')}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         tok.save(folder)
-        write_json(note, asked)
+        runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
     mesh_lib.barrier("tokenizer")
     return tokenizer_lib.load(folder)
@@ -229,7 +145,7 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
 def training_stage(
     e: schema.Experiment, name: str, cfg: schema.Stage, before: str, tok: tokenizer_lib.Tokenizer,
     folder: pathlib.Path, mesh: Mesh,
-) -> Run:  # fmt: skip
+) -> runs.Run:  # fmt: skip
     """Runs, resumes or skips one training stage."""
     here = folder / name
     model = transformer.resolve(cfg.model, tok.vocab_size)
@@ -243,7 +159,7 @@ def training_stage(
     check_same(here, name, settings)
     if finished(here, cfg):
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
-        return load(here)
+        return runs.load(here)
 
     try:
         source, heldout = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data")
@@ -251,7 +167,7 @@ def training_stage(
         raise type(error)(f"stages.{name}: {error}") from None
     if jax.process_index() == 0:
         here.mkdir(parents=True, exist_ok=True)
-        write_json(here / "config.json", settings)
+        runs.write_json(here / "config.json", settings)
     counted = transformer.count(model)
     log.say(
         f"{here}: {counted['total']:,} parameters, {source.shards.summary()}, "
@@ -280,7 +196,7 @@ def training_stage(
         meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
     state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
-    done = Run(folder, name, settings, model, tok, state.params, cfg.steps)
+    done = runs.Run(folder, name, settings, model, tok, state.params, cfg.steps)
     if jax.process_index() == 0:
         summarise(done, heldout.bytes_text())
     return done
@@ -290,7 +206,7 @@ def initial_params(cfg: schema.Stage, model: schema.Model, folder: pathlib.Path,
     """A function that loads the parameters a stage starts from, sharded over the mesh; None where it starts afresh."""
     if not cfg.init_from and not before:
         return None
-    stage_folder = find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
+    stage_folder = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
     stored = json.loads((stage_folder / "config.json").read_text())
     compare_models(stored["model"], dataclasses.asdict(model), f"init_from {stage_folder}", "model")
     shardings = mesh_lib.shardings(transformer.axes(model), mesh)
@@ -300,10 +216,10 @@ def initial_params(cfg: schema.Stage, model: schema.Model, folder: pathlib.Path,
 def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
     """True where the stage has its last checkpoint and its summary."""
     steps = checkpoint.steps(here / "checkpoints")
-    return bool(steps) and steps[-1] >= cfg.steps and here.name in read_summary(here.parent)
+    return bool(steps) and steps[-1] >= cfg.steps and here.name in runs.read_summary(here.parent)
 
 
-def summarise(done: Run, heldout_text: bytes) -> None:
+def summarise(done: runs.Run, heldout_text: bytes) -> None:
     """Writes summary.json and report.html, and prints what the stage reached."""
     scored = [m for m in done.metrics if "heldout_loss" in m]
     entry: dict[str, Any] = {"steps": done.step, "parameters": transformer.count(done.model)["total"]}
@@ -317,7 +233,7 @@ def summarise(done: Run, heldout_text: bytes) -> None:
         log.say(f"held-out text ({len(heldout_text):,} bytes), bits per byte:")
         for what, value in rows.items():
             log.say(f"    {what:<16} {value:6.3f}")
-    write_json(done.folder / "summary.json", {**read_summary(done.folder), done.stage: entry})
+    runs.write_json(done.folder / "summary.json", {**runs.read_summary(done.folder), done.stage: entry})
     from lmtrain import report  # which reads runs, so it imports this
 
     page = report.write(done.folder)
@@ -329,33 +245,7 @@ def summarise(done: Run, heldout_text: bytes) -> None:
         log.say("\n".join(f"    | {line}" for line in texts[-1]["text"].splitlines()))
 
 
-# ------------------------------------------------------------------------------------------- the folder
-
-
-@contextlib.contextmanager
-def owned(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
-    if folder.exists() and not folder.is_dir():
-        raise LmtrainError(f"--workdir {folder} is a file, but takes a folder.")
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise LmtrainError(f"--workdir {folder}: cannot write there ({error.strerror}).") from None
-    with lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if jax.process_count() > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            raise LmtrainError(
-                f"{folder}: another process is running there. Wait for it, or take another --workdir."
-            ) from None
-        try:
-            yield
-        except LmtrainError:
-            if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+# ------------------------------------------------------------------------------------------- going on
 
 
 def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
@@ -387,12 +277,6 @@ def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, fi
             )
 
 
-def stored_model(stored: dict[str, Any]) -> schema.Model:
-    """The schema.Model in a stage's config.json."""
-    fields = dict(stored["model"])
-    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**fields["rope_scaling"])})
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -401,22 +285,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-    """summary.json of a run, or {}."""
-    file = folder / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write_json(file: pathlib.Path, value: Any) -> None:
-    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
-
-
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ~/.cache/lmtrain, apart for each kind of CPU; JAX_COMPILATION_CACHE_DIR moves it."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.read("jax_compilation_cache_dir"):
         cpu = pathlib.Path("/proc/cpuinfo")
         flags = next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""
         kind = hashlib.sha256(flags.encode()).hexdigest()[:8]

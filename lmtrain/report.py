@@ -9,14 +9,14 @@ import os
 import pathlib
 from typing import Any
 
-from lmtrain import checkpoint, experiment, log
+from lmtrain import checkpoint, log, runs
 from lmtrain.models import transformer
 from lmtrain.types import LmtrainError
 
 
 def inspect(folder: str | os.PathLike[str]) -> str:
     """Stages, steps, parameter count, sha256 over the parameters, and the configuration of the last stage, as text."""
-    last = experiment.find_stage(pathlib.Path(folder))
+    last = runs.find_stage(pathlib.Path(folder))
     lines = []
     for here in stages(last.parent):
         steps = checkpoint.steps(here / "checkpoints")
@@ -25,7 +25,7 @@ def inspect(folder: str | os.PathLike[str]) -> str:
             continue
         stored = json.loads((here / "config.json").read_text())
         params = checkpoint.load_params(here / "checkpoints", steps[-1])
-        counted = transformer.count(experiment.stored_model(stored))
+        counted = transformer.count(runs.stored_model(stored))
         scored = [m for m in log.read_metrics(here) if "heldout_loss" in m]
         lines += [
             f"{here}",
@@ -62,7 +62,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     root = pathlib.Path(folder)
     parts = [f"<h1>{html.escape(root.name)}</h1>"]
     for here in stages(root):
-        entry = experiment.read_summary(root).get(here.name, {})
+        entry = runs.read_summary(root).get(here.name, {})
         parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry), _samples(here)]
         settings = html.escape((here / "config.json").read_text())
         parts.append(f"<details><summary>configuration</summary><pre>{settings}</pre></details>")

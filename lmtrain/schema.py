@@ -1,7 +1,7 @@
 """Every field of an experiment: its default, its meaning, and what it refuses.
 
-An experiment is `mesh`, `seed` and an ordered set of `stages`. These dataclasses are what the rooms receive; what a person
-writes is the ml_collections.ConfigDict of the same shape that `config.py` makes of them (see experiments/).
+An experiment is `mesh`, `seed` and an ordered set of `stages`. These dataclasses are what the rooms receive; what a
+person writes is the ml_collections.ConfigDict of the same shape that `config.py` makes of them (see experiments/).
 Where 0 or "" or "auto" stands for "worked out from the rest", the comment says from what.
 """
 
@@ -48,7 +48,7 @@ class Model:
     heads: int = 4
     kv_heads: int = 0  # 0: as many as heads
     head_dim: int = 0  # 0: width / heads
-    mlp: int = 0  # hidden width; 0: 4 * width, or 8/3 of it rounded up to a multiple of 64 where the activation is gated
+    mlp: int = 0  # hidden width; 0: 4 * width; where gated, 8/3 of it rounded up to a multiple of 64
     vocab_size: int = 0  # 0: the tokenizer's
     activation: str = "relu2"  # swiglu | geglu | relu2 | gelu
     norm: str = "rmsnorm"  # rmsnorm | gemma (scale stored as scale - 1)
@@ -98,9 +98,9 @@ class Data:
     subset: str = ""  # hf: configuration name
     hf_split: str = "train"  # hf: split to read
     weight: float = 1.0  # share within a mixture
-    mixture: dict[str, "Data"] = dataclasses.field(default_factory=dict)  # name -> Data; then source and path stay unset
+    mixture: dict[str, Data] = dataclasses.field(default_factory=dict)  # name -> Data; source and path stay unset
     row_length: int = 256
-    heldout: str = "auto"  # hash (whole documents, by hash of their text) | tail (end of the corpus); auto: hash from 100 documents up
+    heldout: str = "auto"  # hash (whole documents, by their text) | tail (end of the corpus); auto: hash from 100 up
     heldout_fraction: float = 0.05
     heldout_rows: int = 256  # rows of the fixed held-out set that are scored; 0: all
     limit: int = 0  # read at most so many documents; 0: all
@@ -160,7 +160,7 @@ class Stage:
     samples: int = 4  # texts generated at each evaluation
     sample_tokens: int = 128
     prompts: tuple[str, ...] = ("",)
-    spike: float = 0.0  # a loss this many nats above the median of the last 64 rolls back; 0: only a non-finite loss does
+    spike: float = 0.0  # a loss so many nats above the median of the last 64 rolls back; 0: only a non-finite one
     max_rollbacks: int = 5
 
 

@@ -139,16 +139,16 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
             wrong = ""
             while pending and not wrong and (len(pending) > 1 or evaluating or saving):
                 done, on_device = pending.popleft()
-                metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
+                numbers = {k: float(v) for k, v in jax.device_get(on_device).items()}
                 meter.step()
-                wrong = unsound(metrics, losses, cfg.spike)
+                wrong = unsound(numbers, losses, cfg.spike)
                 if not wrong:
-                    losses.append(metrics["loss"])
+                    losses.append(numbers["loss"])
                     if evaluating and done == at:
                         continue  # its line waits for the evaluation
                     if due(done, cfg.log_every):
-                        writer.write(done, row(done, metrics))
-                    progress.show(done, row(done, metrics))
+                        writer.write(done, row(done, numbers))
+                    progress.show(done, row(done, numbers))
             # -------------------------------------------------------- roll back, past the batches that did it
             if wrong:
                 rollbacks += 1
@@ -172,8 +172,8 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
             scores = {}
             if evaluating:
                 scores = evaluation(at, state.params)
-                writer.write(at, {**row(at, metrics), **scores})
-                progress.show(at, {**row(at, metrics), **scores})
+                writer.write(at, {**row(at, numbers), **scores})
+                progress.show(at, {**row(at, numbers), **scores})
             # -------------------------------------------------------- save
             if saving:
                 loop = {"losses": list(losses), "rollbacks": rollbacks}

@@ -6,11 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"types", "schema", "config", "mesh", "log"}
+BASE = {"types", "schema", "flags", "config", "mesh", "log"}
 ROOMS = {
     "types": set(),
     "schema": {"types"},
-    "config": {"types", "schema"},
+    "flags": {"types", "schema"},
+    "config": {"types", "schema", "flags"},
     "mesh": {"types", "schema"},
     "log": {"types", "schema", "mesh"},
     "data": BASE,
@@ -24,7 +25,7 @@ ROOMS = {
     "train": BASE
     | {"data", "models", "objectives", "optim", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
 }
-ANYTHING = {"experiment", "cli", "report", "bench", "plan", "serve", "__init__"}
+ANYTHING = {"experiment", "runs", "cli", "report", "bench", "plan", "serve", "__init__"}
 # Read when they are called, so that a configuration can name a preset or an objective by its name.
 LAZY = {("config", "models.presets")}
 

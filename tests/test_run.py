@@ -171,8 +171,7 @@ class Poisoned:
 
 
 def train_poisoned(text, folder, bad, **stage):
-    from lmtrain import experiment as runner
-    from lmtrain import train
+    from lmtrain import runs, train
     from lmtrain.data import tokenizer
 
     e = config.build(experiment(text, **stage))
@@ -184,7 +183,7 @@ def train_poisoned(text, folder, bad, **stage):
     source, _ = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data")
     parts = train.Parts(cfg, transformer.resolve(cfg.model, tok.vocab_size), Poisoned(source, bad), spiky)
     (folder / "pretrain").mkdir(parents=True, exist_ok=True)
-    runner.write_json(folder / "pretrain/config.json", {})
+    runs.write_json(folder / "pretrain/config.json", {})
     return train.train(parts, folder / "pretrain", meshes.make(e.mesh), e.seed, tensorboard=False)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from lmtrain.types import Array, Batch, Params
+from lmtrain.types import Batch, Params
 
 __all__ = ["pretrain"]
 
@@ -19,7 +20,9 @@ class Pretrain:
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5)
 
 
-def pretrain(forward: Any, params: Params, batch: Batch, cfg: Pretrain) -> tuple[Array, Array, dict[str, Any]]:
+def pretrain(
+    forward: Any, params: Params, batch: Batch, cfg: Pretrain
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Cross entropy of every target that counts, plus z-loss and a mixture of experts' router losses.
 
     Returns:

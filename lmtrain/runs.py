@@ -1,0 +1,153 @@
+"""A run's folder: opened, owned by one process at a time, summarised.
+
+runs/NAME/tokenizer/          tokenizer.json
+runs/NAME/data/               tokenised shards
+runs/NAME/STAGE/              config.json  metrics.jsonl  tensorboard/  checkpoints/STEP/  samples.jsonl
+runs/NAME/summary.json        scores before and after each stage
+runs/NAME/report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from lmtrain import checkpoint, engine, log, schema
+from lmtrain.data import tokenizer as tokenizer_lib
+from lmtrain.types import LmtrainError, Params
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation."""
+
+    folder: pathlib.Path
+    stage: str
+    config: dict[str, Any]  # the stage's settings, as config.json holds them
+    model: schema.Model
+    tokenizer: tokenizer_lib.Tokenizer
+    params: Params
+    step: int
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return log.read_metrics(self.folder / self.stage)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds: for every stage its scores before and after."""
+        return read_summary(self.folder)
+
+    def generate(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> str:
+        """Continues a text and returns the continuation. `sampling`: top_k, top_p, seed (engine.Sampling)."""
+        return "".join(self.stream(prompt, tokens, temperature, **sampling))
+
+    def stream(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> Iterator[str]:
+        """The same, piece by piece. Bytes of an unfinished character wait for the rest of it."""
+        end = self.tokenizer.special("<|endoftext|>")
+        how = engine.Sampling(max_tokens=tokens, temperature=temperature, stop=(end,), **sampling)
+        waiting: list[int] = []
+        for tokens_B, _, live_B in engine.stream(self.model, self.params, [[end, *self.tokenizer.encode(prompt)]], how):
+            if live_B[0]:
+                waiting.append(int(tokens_B[0]))
+                text = self.tokenizer.decode(waiting)
+                if not text.endswith("\ufffd") or len(waiting) > 4:
+                    waiting.clear()
+                    yield text
+        if waiting:
+            yield self.tokenizer.decode(waiting)
+
+
+def load(folder: str | os.PathLike[str]) -> Run:
+    """Opens a run (its last stage with a checkpoint) or one stage's folder, for generation and inspection."""
+    path = pathlib.Path(folder)
+    stage_folder = find_stage(path)
+    stored = json.loads((stage_folder / "config.json").read_text())
+    steps = checkpoint.steps(stage_folder / "checkpoints")
+    if not steps:
+        raise LmtrainError(f"{stage_folder}: no checkpoint yet. `lmtrain run` makes one.")
+    return Run(
+        folder=stage_folder.parent,
+        stage=stage_folder.name,
+        config=stored,
+        model=stored_model(stored),
+        tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
+        params=checkpoint.load_params(stage_folder / "checkpoints", steps[-1]),
+        step=steps[-1],
+    )
+
+
+def find_stage(path: pathlib.Path) -> pathlib.Path:
+    """The stage folder that `path` names: itself, or the run's last stage that has a checkpoint."""
+    if not path.exists():
+        raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
+    if (path / "checkpoints").is_dir():
+        return path
+    stages = [p.parent for p in path.glob("*/checkpoints")]
+    if not stages:
+        raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
+    return max(stages, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+
+
+def nearest_run(path: pathlib.Path) -> str:
+    """A sentence that names runs beside `path`, for messages."""
+    found = sorted(
+        {str(p.parent.parent) for p in [*path.parent.glob("*/*/checkpoints"), *path.glob("*/*/checkpoints")]}
+    )
+    return f"Runs here: {', '.join(found[:5])}" if found else ""
+
+
+def stored_model(stored: dict[str, Any]) -> schema.Model:
+    """The schema.Model in a stage's config.json."""
+    fields = dict(stored["model"])
+    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**fields["rope_scaling"])})
+
+
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+    """summary.json of a run, or {}."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(file)
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
+    if folder.exists() and not folder.is_dir():
+        raise LmtrainError(f"--workdir {folder} is a file, but takes a folder.")
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise LmtrainError(f"--workdir {folder}: cannot write there ({error.strerror}).") from None
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if jax.process_count() > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            raise LmtrainError(
+                f"{folder}: another process is running there. Wait for it, or take another --workdir."
+            ) from None
+        try:
+            yield
+        except LmtrainError:
+            if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
