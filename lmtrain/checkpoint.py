@@ -17,6 +17,8 @@ all of them see.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -35,6 +37,7 @@ from lmtrain import log
 from lmtrain.types import LmtrainError, Params, TrainState
 
 MANIFEST = "manifest.json"
+Folder = str | os.PathLike[str]
 
 
 class Checkpoints:
@@ -46,9 +49,7 @@ class Checkpoints:
       keep_best: how many more stay, those with the lowest metric `best`.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], keep_last: int = 2, keep_best: int = 1, best: str = "heldout_loss"
-    ):
+    def __init__(self, folder: Folder, keep_last: int = 2, keep_best: int = 1, best: str = "heldout_loss"):
         self.folder = pathlib.Path(folder).absolute()
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best
         self._checkpointer = _checkpointer(asynchronous=True)
@@ -72,13 +73,13 @@ class Checkpoints:
         params, rest = _items(state)
         manifest = {"step": step, "metrics": metrics or {}, "meta": meta, "arrays": _describe(params, rest)}
         manifest["key_impl"] = str(jax.random.key_impl(state.key))
-        json.dumps(manifest)  # what JSON cannot hold is found out here, not in the background
+        manifest = json.loads(json.dumps(manifest))  # as it is now; what JSON cannot hold is found out here
         path = self.folder / str(step)
         try:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _clean(self.folder)
-            self._checkpointer.save(path, args=_save_args(params, rest))
+            self._checkpointer.save(path, args=_args("StandardSave", params=params, rest=rest))
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = step, self._worker.submit(self._finish, path, manifest)
@@ -117,17 +118,19 @@ class Checkpoints:
                 break
             time.sleep(0.1)  # Orbax's other threads may still be writing
         kept = steps(self.folder)
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "No space left" in line), lines[0])
-        if "No space left" in reason:
-            reason = f"no space left on the disk ({free} MiB free)"
+        text = str(error) or repr(error)
+        full = f"no space left on the disk ({free} MiB free)"
+        reason = full if "No space left" in text else text.splitlines()[0]
         stays = f"that of step {kept[-1]} is kept" if kept else "there is none from before"
         return LmtrainError(f"{self.folder / str(step)}: the checkpoint could not be saved: {reason}; {stays}.")
 
     def _prune(self) -> None:
         there = steps(self.folder)
-        scores = {s: read_manifest(self.folder, s)["metrics"].get(self.best, math.nan) for s in there}
-        scored = sorted((s for s in there if math.isfinite(scores[s])), key=lambda s: scores[s])
+        scores: dict[int, float] = {}
+        for step in there:  # one without a score, or damaged (for restore_newest to name), is not among the best
+            with contextlib.suppress(LmtrainError, KeyError, TypeError):
+                scores[step] = float(read_manifest(self.folder, step)["metrics"][self.best])
+        scored = sorted((s for s in scores if math.isfinite(scores[s])), key=lambda s: scores[s])
         for step in set(there) - set(there[-self.keep_last :]) - set(scored[: self.keep_best]):
             # Renamed first: a process killed while it deletes leaves no half checkpoint under a step's name.
             doomed = self.folder / f"deleting-{step}"
@@ -147,7 +150,7 @@ class Checkpoints:
           LmtrainError: every checkpoint is damaged, or the newest holds other arrays than `abstract`.
         """
         self.wait()
-        step = -1
+        self._newest, step = None, -1
         if jax.process_index() == 0:
             _clean(self.folder)
             step = self._newest_sound()
@@ -159,12 +162,11 @@ class Checkpoints:
                 "Remove them to begin again from step 0, or start another --workdir."
             )
         if step == -1:
-            self._newest = None
             return None
-        manifest = read_manifest(self.folder, step)
+        path, manifest = self.folder / str(step), read_manifest(self.folder, step)
         params, rest = _items(abstract)
-        _check_same(self.folder / str(step), manifest["arrays"], _describe(params, rest))
-        restored = self._checkpointer.restore(self.folder / str(step), args=_restore_args(params, rest))
+        _check_same(path, manifest["arrays"], _describe(params, rest))
+        restored = self._checkpointer.restore(path, args=_args("StandardRestore", params=params, rest=rest))
         self._newest = step
         state = _state(abstract, restored["params"], restored["rest"], manifest["key_impl"])
         return state, manifest["meta"], step
@@ -176,27 +178,25 @@ class Checkpoints:
             if not problems:
                 return step
             aside = self.folder / f"damaged-{step}"
-            for n in range(2, 1000):
-                if not aside.exists():
-                    break
-                aside = self.folder / f"damaged-{step}-{n}"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-again")
             os.replace(self.folder / str(step), aside)
             log.say(f"{'; '.join(problems)}. Damaged; moved to {aside.name}, the checkpoint before is used.")
         return -2 if list(self.folder.glob("damaged-*")) else -1
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-def steps(folder: str | os.PathLike[str]) -> list[int]:
+def steps(folder: Folder) -> list[int]:
     """Steps of the finished checkpoints in a folder, oldest first."""
     return sorted(int(p.parent.name) for p in pathlib.Path(folder).glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
 
 
-def read_meta(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
     """The `meta` saved with a step (None: the newest)."""
     return read_manifest(folder, _newest(folder) if step is None else step)["meta"]
 
 
-def load_params(folder: str | os.PathLike[str], step: int | None = None, shardings: Any = None) -> Params:
+def load_params(folder: Folder, step: int | None = None, shardings: Any = None) -> Params:
     """The parameters of a step (None: the newest), without a model: NumPy arrays, or jax arrays by their shardings.
 
     Args:
@@ -205,8 +205,6 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None, shardin
     Raises:
       LmtrainError: no checkpoint, a damaged one, or other parameters than the shardings are for.
     """
-    import orbax.checkpoint as ocp
-
     step = _newest(folder) if step is None else step
     path = pathlib.Path(folder).absolute() / str(step)
     if problems := verify(folder, step):
@@ -214,23 +212,17 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None, shardin
     saved = read_manifest(folder, step)["arrays"]
     arrays = {name.removeprefix("params/"): a for name, a in saved.items() if name.startswith("params/")}
     where = dict(_flat(shardings)) if shardings is not None else {}
-    if shardings is not None and where.keys() != arrays.keys():
+    if where and where.keys() != arrays.keys():
         differs = ", ".join(sorted(where.keys() ^ arrays.keys())[:4])
         raise LmtrainError(f"{path}: its parameters are not those of the model; in one of them only: {differs}.")
     wanted: Params = {}
     for name, (dtype, shape) in arrays.items():
         *parents, last = name.split("/")
-        inner = wanted
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        # Without a sharding, an array that takes no memory tells Orbax to give back NumPy.
-        inner[last] = (
-            jax.ShapeDtypeStruct(shape, dtype, sharding=where[name])
-            if where
-            else np.broadcast_to(np.zeros((), dtype), shape)
-        )
+        inner = functools.reduce(lambda tree, parent: tree.setdefault(parent, {}), parents, wanted)
+        nothing = np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory; tells Orbax to give back NumPy
+        inner[last] = jax.ShapeDtypeStruct(shape, dtype, sharding=where[name]) if where else nothing
     with _checkpointer(asynchronous=False) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))["params"]
+        return checkpointer.restore(path, args=_args("StandardRestore", params=wanted))["params"]
 
 
 def params_sha256(params: Params) -> str:
@@ -245,7 +237,7 @@ def params_sha256(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _newest(folder: str | os.PathLike[str]) -> int:
+def _newest(folder: Folder) -> int:
     there = steps(folder)
     if not there:
         raise LmtrainError(f"{folder}: no finished checkpoint here.")
@@ -268,7 +260,7 @@ def write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
     os.replace(half, path / MANIFEST)
 
 
-def read_manifest(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+def read_manifest(folder: Folder, step: int) -> dict[str, Any]:
     """A checkpoint's manifest. Raises LmtrainError where it is missing or not what was written."""
     file = pathlib.Path(folder) / str(step) / MANIFEST
     try:
@@ -282,7 +274,7 @@ def read_manifest(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | os.PathLike[str], step: int) -> list[str]:
+def verify(folder: Folder, step: int) -> list[str]:
     """What is wrong with a checkpoint, a text for each file: "checkpoints/200/params/d/1f...: sha256 differs"."""
     path = pathlib.Path(folder) / str(step)
     try:
@@ -337,11 +329,12 @@ def _items(state: TrainState) -> tuple[Params, dict[str, Any]]:
 
     Stored so, a checkpoint can be read without the optimizer that made it.
     """
-    if isinstance(state.key, jax.ShapeDtypeStruct):
-        data = jax.eval_shape(jax.random.key_data, state.key)
-        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    key: Any = state.key
+    if isinstance(key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, key)
+        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
     else:
-        key = jax.random.key_data(state.key)
+        key = jax.random.key_data(key)
     return state.params, {"step": state.step, "key": key} | {f"opt/{k}": v for k, v in _flat(state.opt_state)}
 
 
@@ -354,10 +347,8 @@ def _state(abstract: TrainState, params: Params, rest: dict[str, Any], key_impl:
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
@@ -368,10 +359,10 @@ def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
 
 def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
     """Raises LmtrainError naming the first arrays that differ, parameters before the optimizer's."""
-    names = sorted(saved.keys() | wanted.keys(), key=lambda n: (not n.startswith("params/"), n))
-    differ = [n for n in names if saved.get(n) != wanted.get(n)]
+    differ = [n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n)]
     if not differ:
         return
+    differ.sort(key=lambda n: (not n.startswith("params/"), n))
 
     def says(array: list[Any] | None) -> str:
         return f"{array[0]} {tuple(array[1])}" if array else "nothing"
@@ -379,9 +370,8 @@ def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[st
     shown = [f"{n} is {says(saved.get(n))} there, {says(wanted.get(n))} by the configuration" for n in differ[:3]]
     more = f", and {len(differ) - 3} others" if len(differ) > 3 else ""
     what = "model" if differ[0].startswith("params/") else "optim"
-    raise LmtrainError(
-        f"{path}: {'; '.join(shown)}{more}. Start another --workdir, or set {what} as in the config.json beside it."
-    )
+    fix = f"Start another --workdir, or set {what} as in the config.json beside it."
+    raise LmtrainError(f"{path}: {'; '.join(shown)}{more}. {fix}")
 
 
 # -------------------------------------------------------------------------------------------------------------- Orbax
@@ -391,8 +381,7 @@ def _checkpointer(asynchronous: bool) -> Any:
     # Orbax logs the traceback of every failed save; the error itself reaches the caller as one message.
     logging.getLogger("absl").addFilter(_not_from_orbax)
     logging.getLogger("asyncio").addFilter(_retrieved)
-    handler = ocp.CompositeCheckpointHandler()
-    return ocp.AsyncCheckpointer(handler) if asynchronous else ocp.Checkpointer(handler)
+    return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(ocp.CompositeCheckpointHandler())
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -404,13 +393,8 @@ def _retrieved(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def _save_args(params: Params, rest: dict[str, Any]) -> Any:
+def _args(kind: str, **trees: Any) -> Any:
+    """What Orbax saves ("StandardSave") or restores ("StandardRestore"): each tree in a folder of its name."""
     import orbax.checkpoint as ocp
 
-    return ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest))
-
-
-def _restore_args(params: Params, rest: dict[str, Any]) -> Any:
-    import orbax.checkpoint as ocp
-
-    return ocp.args.Composite(params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest))
+    return ocp.args.Composite(**{name: getattr(ocp.args, kind)(tree) for name, tree in trees.items()})

@@ -8,7 +8,6 @@ The mesh has Auto axes: the compiler propagates shardings, and `constrain` pins 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmtrain import schema
-from lmtrain.types import Array, Batch
+from lmtrain.types import Array, Batch, nearest
 
 #: Axes of the mesh, slowest network first. `data` may span several slices (DCN); the rest stay within one.
 AXES = ("data", "fsdp", "tensor", "context", "expert")
@@ -136,9 +135,7 @@ def spec(axes: Axes, mesh: jax.sharding.Mesh) -> PartitionSpec:
     parts: list[Any] = []
     for name in axes:
         if name is not None and name not in RULES:
-            near = difflib.get_close_matches(name, RULES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the rules of mesh.py know {', '.join(RULES)}."
-            raise ValueError(f"{name!r} is not a logical axis; {hint}")
+            raise ValueError(f"{name!r} is not a logical axis.{nearest(name, RULES)} (mesh.RULES: {', '.join(RULES)})")
         split = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in taken) if name else ()
         taken.update(split)
         parts.append(split[0] if len(split) == 1 else split or None)
@@ -215,8 +212,10 @@ def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int
     owned: dict[int, set[int]] = {}
     for at, device in np.ndenumerate(mesh.devices):
         where = [(i, n) for axis, i, n in zip(AXES, at, mesh.devices.shape, strict=True) if axis in BATCH_AXES]
-        part = np.ravel_multi_index(*zip(*where, strict=True))
-        owned.setdefault(device.process_index, set()).add(int(part))
+        part = 0
+        for i, n in where:
+            part = part * n + i
+        owned.setdefault(device.process_index, set()).add(part)
     parts = sorted({tuple(sorted(p)) for p in owned.values()})
     if sum(map(len, parts)) != rows or len({len(p) for p in parts}) != 1:
         raise schema.ConfigError(
@@ -252,8 +251,8 @@ def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
         for axis, n in zip(axes, shape, strict=True):
             ways = {"batch": batch_shards(mesh), "length": mesh.shape["context"]}.get(axis or "", 1)
             if n % ways:
-                what = {"batch": "batch_size: the rows", "length": "data.row_length: the positions"}[axis]
-                over = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in RULES[axis] if mesh.shape[a] > 1)
+                what = "batch_size: the rows" if axis == "batch" else "data.row_length: the positions"
+                over = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in RULES[axis or ""] if mesh.shape[a] > 1)
                 raise schema.ConfigError(f"{what} of {name} are {n}, not a multiple of {ways} ({over}).")
         out[name] = jax.make_array_from_process_local_data(sharding(axes, mesh), x, shape)
     return out

@@ -7,7 +7,6 @@ dimensions of a matrix are its input and its output, is read from the parameters
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lmtrain import schema
+from lmtrain.types import nearest
 
 Axes = tuple[str | None, ...]
 Schedule = Callable[[Any], jax.Array]
@@ -155,9 +155,9 @@ def _muon(cfg: schema.Optim, curve: Schedule, axes_tree: Any) -> optax.GradientT
 
 def _named(cfg: schema.Optim, schedule: Schedule, axes_tree: Any) -> optax.GradientTransformation:
     """Any optimizer of optax or optax.contrib, by name."""
-    make_tx = getattr(optax, cfg.name, None) or getattr(optax.contrib, cfg.name, None)
     if cfg.name not in names():
         raise schema.ConfigError(_unknown("optim.name", cfg.name, names()))
+    make_tx = getattr(optax if hasattr(optax, cfg.name) else optax.contrib, cfg.name)
     takes = list(inspect.signature(make_tx).parameters)
     settings: dict[str, Any] = {"learning_rate": schedule}
     # The configuration's b1, b2 and eps are AdamW's. They reach another optimizer only where they were changed.
@@ -209,9 +209,7 @@ def _arguments(cfg: schema.Optim, takes: list[str], settings: dict[str, Any]) ->
 
 
 def _unknown(field: str, got: str, valid: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(got, valid, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{field}: there is no {got!r}.{hint} (valid: {', '.join(valid)})"
+    return f"{field}: there is no {got!r}.{nearest(got, valid)} (valid: {', '.join(valid)})"
 
 
 def _check(cfg: schema.Optim) -> None:

@@ -54,7 +54,7 @@ def make_init(
     return jax.jit(begin, out_shardings=shardings), abstract
 
 
-def _state_shardings(shapes: TrainState, axes_tree: Any, mesh: jax.sharding.Mesh) -> TrainState:
+def _state_shardings(shapes: TrainState, axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Parameters by their axes; what the optimizer keeps for a parameter, in its shape, like the parameter."""
     params = meshes.shardings(axes_tree, mesh)
     where = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -67,7 +67,7 @@ def _state_shardings(shapes: TrainState, axes_tree: Any, mesh: jax.sharding.Mesh
                 return where[path[start:]]
         return meshes.replicated(mesh)
 
-    whole = meshes.replicated(mesh)
+    whole: Any = meshes.replicated(mesh)
     opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, shapes.opt_state)
     return TrainState(step=whole, params=params, opt_state=opt_state, key=whole)
 
