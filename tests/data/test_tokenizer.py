@@ -71,7 +71,10 @@ def test_digits_go_in_groups_of_at_most_two_and_words_keep_their_space():
     assert words.decode([words.encode("        return")[-1]]) == " return"
 
 
-@given(st.lists(st.sampled_from(["\n", " ", "  ", "a", "the ", "x\n", "!\n", "\r\n", "12", "\t", "'s", "\r", "\x0b", "\x1c"]), max_size=60))
+PARTS = ["\n", " ", "  ", "a", "the ", "x\n", "!\n", "\r\n", "12", "\t", "'s", "\r", "\x0b", "\x1c"]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=60))
 def test_cutting_where_a_line_starts_gives_the_ids_of_the_whole(parts):
     text = "".join(parts)
     pieces = tokenizer._LINE_START.split(text)
