@@ -1,10 +1,10 @@
 """A tokenised corpus on disk: written in whole shards, read through memory maps.
 
-    FOLDER/FINGERPRINT/MM-KKKKK.train.npy      tokens of shard K of member M, uint16 (uint32 above 65,536 ids): each
-    FOLDER/FINGERPRINT/MM-KKKKK.heldout.npy    document is <|endoftext|> and its tokens, one behind the other
-    FOLDER/FINGERPRINT/MM-KKKKK.docs.npy       one DOCUMENT record for each document kept
-    FOLDER/FINGERPRINT/MM-KKKKK.json           written last: the shard is whole, and how far into the source it reaches
-    FOLDER/FINGERPRINT/manifest.json           written last of all: the corpus is whole
+FOLDER/FINGERPRINT/MM-KKKKK.train.npy      tokens of shard K of member M, uint16 (uint32 above 65,536 ids): each
+FOLDER/FINGERPRINT/MM-KKKKK.heldout.npy    document is <|endoftext|> and its tokens, one behind the other
+FOLDER/FINGERPRINT/MM-KKKKK.docs.npy       one DOCUMENT record for each document kept
+FOLDER/FINGERPRINT/MM-KKKKK.json           written last: the shard is whole, and how far into the source it reaches
+FOLDER/FINGERPRINT/manifest.json           written last of all: the corpus is whole
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-#: A long document is encoded in pieces of about so many characters, in parallel. Pieces begin with a line that is not
-#: blank, its indentation included: there SPLIT always ends a word, so the ids are those of the whole. (A line longer than
-#: two pieces is cut anywhere.)
+#: A long document is encoded in pieces of about so many characters, in parallel. A piece begins with a line that is not
+#: blank, its indentation included: there SPLIT always ends a word, so the ids are those of the whole. (A line longer
+#: than two pieces is cut anywhere.)
 PIECE = 1 << 14
 # Characters that one call encodes: what `tokenizers` returns takes some forty times the room of its text.
 _CALL = 1 << 20
