@@ -287,7 +287,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ~/.cache/lmtrain, apart for each kind of CPU; JAX_COMPILATION_CACHE_DIR moves it."""
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cpu = pathlib.Path("/proc/cpuinfo")
         flags = next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""
         kind = hashlib.sha256(flags.encode()).hexdigest()[:8]
