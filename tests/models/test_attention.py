@@ -12,7 +12,7 @@ from lmtrain.models.attention import attend, choose
 B, T, N, K, H = 2, 256, 4, 2, 16
 CASES = {
     "causal": {},
-    "wide window": {"window": 200},
+    "window": {"window": 100},
     "segments": {"segments": True},
     "all": {"segments": True, "window": 40, "softcap": 1.5, "scale": 0.4},
 }
