@@ -162,7 +162,7 @@ def training_stage(
         return runs.load(here)
 
     try:
-        source, heldout = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data")
+        source, heldout = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data", share=mesh_lib.share(mesh))
     except LmtrainError as error:
         raise type(error)(f"stages.{name}: {error}") from None
     if jax.process_index() == 0:

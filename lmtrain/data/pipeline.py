@@ -29,14 +29,20 @@ def build(
     seed: int,
     folder: str | os.PathLike[str],
     progress: bool = True,
+    share: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Pipeline, Heldout]:
     """Prepares the corpus in `folder` (once) and opens it: training batches, and the fixed held-out ones.
+
+    Args:
+      share: (index, count), which of how many equal parts of each batch this process reads (`mesh.share`); without it,
+        every process reads a part of its own.
 
     Raises:
       ConfigError, LmtrainError: settings, files or sizes that cannot be, each in one message.
     """
     prepared = shards.prepare(data, tokenizer, folder, progress)
-    return Pipeline(prepared, data, tokenizer, batch_size, seed), Heldout(prepared, data, tokenizer, batch_size)
+    pipeline = Pipeline(prepared, data, tokenizer, batch_size, seed, *share)
+    return pipeline, Heldout(prepared, data, tokenizer, batch_size, *share)
 
 
 class Pipeline:
