@@ -22,7 +22,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import constrain, spec
-from lmtrain.models.layers import Norm, rope
+from lmtrain.models.layers import Norm, product, rope
 from lmtrain.models.params import normal, param, zeros
 
 BACKENDS = ("reference", "xla", "cudnn", "splash")
@@ -270,9 +270,9 @@ class Attention(nnx.Module):
           cache: {"k": [B, S, K, H], "v": [B, S, K, H]}; keys and values of the call go to positions index_BT of it.
         """
         cfg = self.cfg
-        q = _heads(x_BTD, self.q, self.q_bias)
-        k = _heads(x_BTD, self.k, self.k_bias)
-        v_BTKH = _heads(x_BTD, self.v, self.v_bias)
+        q = _heads(x_BTD, self.q, self.q_bias, mesh)
+        k = _heads(x_BTD, self.k, self.k_bias, mesh)
+        v_BTKH = _heads(x_BTD, self.v, self.v_bias, mesh)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
@@ -286,11 +286,14 @@ class Attention(nnx.Module):
         out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, index_BT=index_BT, window=self.window,
                           softcap=cfg.attn_softcap, scale=cfg.attn_scale, backend=cfg.attention, mesh=mesh)  # fmt: skip
         out_BTNH = constrain(out_BTNH, ("batch", "length", "act_heads", "head_dim"), mesh)
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(x_BTD.dtype))
+        o_ED = self.o[...].astype(x_BTD.dtype).reshape(-1, cfg.width)  # E: all heads, end to end
+        y_BTD = product(out_BTNH.reshape(*x_BTD.shape[:2], -1), o_ED, mesh)
         return (y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(x_BTD.dtype)), cache
 
 
-def _heads(x_BTD, weight, bias) -> jax.Array:
+def _heads(x_BTD, weight, bias, mesh) -> jax.Array:
     """x @ weight as [B, T, heads, H]; weight is [D, heads, H], bias [heads * H] or None."""
-    y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(x_BTD.dtype))
-    return y if bias is None else y + bias[...].reshape(y.shape[2:]).astype(x_BTD.dtype)
+    w_DNH = weight[...].astype(x_BTD.dtype)
+    y = product(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1), mesh)
+    y = y if bias is None else y + bias[...].astype(x_BTD.dtype)
+    return y.reshape(*y.shape[:2], *w_DNH.shape[1:])

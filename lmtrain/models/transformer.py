@@ -23,7 +23,7 @@ from lmtrain import schema
 from lmtrain.mesh import batch_shards, constrain
 from lmtrain.models import params as p
 from lmtrain.models.attention import Attention, platform
-from lmtrain.models.layers import MLP, Norm, rope_tables
+from lmtrain.models.layers import MLP, Norm, product, rope_tables
 from lmtrain.models.moe import MoE
 from lmtrain.models.shapes import embedding_std, groups, resolve
 from lmtrain.types import Batch, Params
@@ -89,12 +89,8 @@ class Ends(nnx.Module):
         return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
 
     def logits(self, hidden_BTD, mesh):
-        if self.head is None:
-            w = self.embed.table[...].astype(hidden_BTD.dtype)
-            y = jnp.einsum("BTD,VD->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
-        else:
-            w = self.head.kernel[...].astype(hidden_BTD.dtype)
-            y = jnp.einsum("BTD,DV->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
+        w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]
+        y = product(hidden_BTD, w_DV.astype(hidden_BTD.dtype), mesh, jnp.float32)
         if cap := self.cfg.logit_softcap:
             y = cap * jnp.tanh(y / cap)
         return constrain(y, ("batch", "length", "act_vocab"), mesh)
