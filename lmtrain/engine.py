@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmtrain import schema
-from lmtrain.models import decode
+from lmtrain.models import decode, transformer
 from lmtrain.types import Array, LmtrainError, Params
 
 
@@ -85,6 +85,7 @@ def stream(
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise LmtrainError("a prompt without tokens: start it with the end-of-text token, as every document does.")
+    params = transformer.unstack(params)  # once: each token reads every weight, and slices of a stack are copies
     b, longest = len(prompts), max(map(len, prompts))
     rows, width = _power_of_two(b, 1), _power_of_two(longest, 16)
     tokens_BT = np.zeros((rows, width), np.int32)
