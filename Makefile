@@ -6,8 +6,8 @@ VENV   ?= .venv
 WORKDIR ?= runs/quickstart
 BIN    := $(VENV)/bin
 INSTALL = if command -v uv >/dev/null; \
-	then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e "$(1)"; \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$(1)"; fi
+	then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; fi
 
 .PHONY: quickstart test test-all lint clean
 
@@ -29,14 +29,16 @@ clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
-	if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) $(VENV); else $(PYTHON) -m venv $(VENV); fi
 
+$(VENV)/.run: EXTRAS = report,tensorboard
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing lmtrain into $(VENV) (once)"
-	@$(call INSTALL,.[report,tensorboard])
+	@$(INSTALL)
 	@touch $@
 
+$(VENV)/.test: EXTRAS = test
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing lmtrain and what its tests need into $(VENV) (once)"
-	@$(call INSTALL,.[test])
+	@$(INSTALL)
 	@touch $@ $(VENV)/.run
