@@ -178,7 +178,7 @@ def training_stage(
 
     def sample(params: Params) -> list[str]:
         prompts = [[end, *tok.encode(cfg.prompts[i % len(cfg.prompts)])] for i in range(cfg.samples)]
-        how = engine.Sampling(max_tokens=cfg.sample_tokens, temperature=0.8, stop=(end,), seed=e.seed)
+        how = engine.Sampling(cfg.sample_tokens, cfg.sample_temperature, stop=(end,), seed=e.seed)
         return [
             tok.decode([*p[1:], *c.tokens])
             for p, c in zip(prompts, engine.generate(model, params, prompts, how, mesh), strict=True)
@@ -242,7 +242,8 @@ def summarise(done: runs.Run, heldout_text: bytes) -> None:
     if samples.exists():
         texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
         log.say("a sample:")
-        log.say("\n".join(f"    | {line}" for line in texts[-1]["text"].splitlines()))
+        first = next(t["text"] for t in texts if t["step"] == texts[-1]["step"])
+        log.say("\n".join(f"    | {line}" for line in first.splitlines()))
 
 
 # ------------------------------------------------------------------------------------------- going on

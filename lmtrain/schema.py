@@ -159,6 +159,7 @@ class Stage:
     optim: Optim = Optim()
     samples: int = 4  # texts generated at each evaluation
     sample_tokens: int = 128
+    sample_temperature: float = 0.7
     prompts: tuple[str, ...] = ("",)
     spike: float = 0.0  # a loss so many nats above the median of the last 64 rolls back; 0: only a non-finite one
     max_rollbacks: int = 5
