@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -154,6 +155,8 @@ def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 def build(c: ConfigDict) -> schema.Experiment:
     """Turns a ConfigDict into the frozen dataclasses, checking names and types once more (Python may have made it)."""
     e = _dataclass(schema.Experiment, c, "")
+    if not 0 <= e.seed < 2**32:
+        raise ConfigError(f"seed is {e.seed}, but takes a whole number from 0 to {2**32 - 1}.")
     stages: dict[str, Any] = {}
     for name, s in c.stages.items():
         if not isinstance(s, ConfigDict):
@@ -189,16 +192,7 @@ def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
       what: what it is, for the message: "objective".
     """
     if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as e:
-            raise ConfigError(f"{what} {name!r}: cannot import {module_name} ({e}).") from None
-        if not hasattr(module, attribute):
-            names = [n for n in vars(module) if not n.startswith("_")]
-            raise ConfigError(f"{what} {name!r}: {flags.unknown(attribute, names, f'in {module_name}')}")
-        found: Callable[..., Any] = getattr(module, attribute)
-        return found
+        return flags.import_function(name, what)
     known = {}
     folder = pathlib.Path(importlib.import_module(package).__path__[0])
     for file in sorted(folder.glob("[a-z]*.py")):
@@ -213,9 +207,14 @@ def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
 def loss_settings(objective: str) -> type | None:
     """The dataclass that an objective's fourth argument is annotated with, or None if it takes no settings."""
     fn = resolve(objective, "lmtrain.objectives", "objective")
-    hints = typing.get_type_hints(fn)
-    names = list(fn.__code__.co_varnames[: fn.__code__.co_argcount])
-    kind = hints.get(names[3]) if len(names) > 3 else None
+    try:
+        names = list(inspect.signature(fn).parameters)
+        hints = typing.get_type_hints(getattr(fn, "func", getattr(fn, "__wrapped__", fn)))
+    except (TypeError, ValueError, NameError) as e:
+        raise ConfigError(f"objective {objective!r}: its signature cannot be read ({e}).") from None
+    if len(names) < 4:
+        raise ConfigError(f"objective {objective!r} takes ({', '.join(names)}), not (forward, params, batch, cfg).")
+    kind = hints.get(names[3])
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
@@ -295,9 +294,9 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     if kind is Any:
         return value
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
             return tuple(value)
-        raise ConfigError(f"{where} is {value!r}, but takes a tuple of text.")
+        raise ConfigError(f"{where} is {value!r}, but takes a tuple of text, such as ('a', 'b').")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
@@ -333,10 +332,14 @@ def _dataclass(cls: Any, c: ConfigDict, where: str) -> Any:
 def _check_stage(s: schema.Stage, where: str) -> None:
     """What a stage's own numbers must satisfy, whatever the model and the data."""
     least = dict(steps=1, batch_size=1, accumulate=1, log_every=1, eval_every=0, checkpoint_every=0, keep_last=1)
-    least |= dict(keep_best=0, samples=0, sample_tokens=1, max_rollbacks=0)
+    least |= dict(keep_best=0, samples=0, sample_tokens=1, max_rollbacks=0, spike=0, sample_temperature=0)
     for name, low in least.items():
-        if getattr(s, name) < low:
-            raise ConfigError(f"{where}.{name} is {getattr(s, name)}, but takes a whole number of at least {low}.")
+        if not low <= getattr(s, name) < 2**31:
+            raise ConfigError(f"{where}.{name} is {getattr(s, name)}, but takes a number of at least {low}.")
+    if s.samples and not s.prompts:
+        raise ConfigError(
+            f"{where}.prompts is empty, but {where}.samples={s.samples} needs one; ('',) starts a document."
+        )
     if s.batch_size % s.accumulate:
         raise ConfigError(
             f"{where}.batch_size={s.batch_size} does not divide into {where}.accumulate={s.accumulate} microbatches."

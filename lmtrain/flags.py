@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,7 +20,33 @@ def unknown(name: str, known: Iterable[str], of: str) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 1, 0.5)
     guess = f" Did you mean {near[0]}?" if near else ""
-    return f"{name!r} is not {of}.{guess} (known: {', '.join(known) or 'none'})"
+    more = f" and {len(known) - 60} more" if len(known) > 60 else ""
+    return f"{name!r} is not {of}.{guess} (known: {', '.join(known[:60]) or 'none'}{more})"
+
+
+def import_function(name: str, what: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names.
+
+    Args:
+      what: the setting that holds the name, for the error: "objective".
+
+    Raises:
+      ConfigError: the module does not import, whatever the reason, or has no such function.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise ConfigError(f'{what} is {name!r}, but takes "package.module:function".')
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as e:
+        raise ConfigError(f"{what} {name!r}: cannot import {module_name} ({type(e).__name__}: {e}).") from None
+    if not hasattr(module, attribute):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ConfigError(f"{what} {name!r}: {unknown(attribute, names, f'in {module_name}')}")
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise ConfigError(f"{what} {name!r} is {type(found).__name__}, but takes a function.")
+    return found
 
 
 def parse(text: str, kind: type, where: str) -> Any:
