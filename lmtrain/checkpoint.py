@@ -191,13 +191,33 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(p.parent.name) for p in pathlib.Path(folder).glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
 
 
+def newest_sound(folder: Folder) -> int:
+    """The newest step that passes `verify`; newer ones are named and passed over. Only reads.
+
+    Raises:
+      LmtrainError: there is no finished checkpoint, or every one is damaged (naming all that is wrong).
+    """
+    passed: list[str] = []
+    for step in reversed(steps(folder)):
+        problems = verify(folder, step)
+        if not problems:
+            if passed:
+                log.say(f"{'; '.join(passed)}. Damaged; passed over, the checkpoint of step {step} is used.")
+            return step
+        passed += problems
+    if passed:
+        raise LmtrainError(f"{folder}: every checkpoint is damaged: {'; '.join(passed)}.")
+    raise LmtrainError(f"{folder}: no finished checkpoint here.")
+
+
 def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
     """The `meta` saved with a step (None: the newest)."""
     return read_manifest(folder, _newest(folder) if step is None else step)["meta"]
 
 
 def load_params(folder: Folder, step: int | None = None, shardings: Any = None) -> Params:
-    """The parameters of a step (None: the newest), without a model: NumPy arrays, or jax arrays by their shardings.
+    """The parameters of a step (None: the newest sound one), without a model: NumPy arrays, or jax arrays by their
+    shardings.
 
     Args:
       shardings: the parameters' tree of shardings.
@@ -205,10 +225,11 @@ def load_params(folder: Folder, step: int | None = None, shardings: Any = None) 
     Raises:
       LmtrainError: no checkpoint, a damaged one, or other parameters than the shardings are for.
     """
-    step = _newest(folder) if step is None else step
-    path = pathlib.Path(folder).absolute() / str(step)
-    if problems := verify(folder, step):
+    if step is None:
+        step = newest_sound(folder)
+    elif problems := verify(folder, step):
         raise LmtrainError(f"{'; '.join(problems)}. The checkpoint is damaged.")
+    path = pathlib.Path(folder).absolute() / str(step)
     saved = read_manifest(folder, step)["arrays"]
     arrays = {name.removeprefix("params/"): a for name, a in saved.items() if name.startswith("params/")}
     where = dict(_flat(shardings)) if shardings is not None else {}

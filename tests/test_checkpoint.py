@@ -421,6 +421,23 @@ def test_parameters_are_read_without_a_model(folder):
         checkpoint.load_params(folder, 4, {"block": shardings["block"]})
 
 
+def test_reading_passes_over_a_damaged_checkpoint_and_leaves_it_where_it_is(folder, capsys):
+    saved(folder, 1, 2, 3)
+    assert checkpoint.newest_sound(folder) == 3 and capsys.readouterr().out == ""
+    names = [damage_flip(folder / "3")[0].name, damage_cut(folder / "2")[0].name]
+    assert checkpoint.newest_sound(folder) == 1
+    out = capsys.readouterr().out
+    assert all(name in out for name in names) and "the checkpoint of step 1 is used" in out
+    assert (checkpoint.load_params(folder)["norm"] == 1).all()
+    with pytest.raises(LmtrainError, match=names[0]):
+        checkpoint.load_params(folder, 3)
+    damage_manifest(folder / "1")
+    with pytest.raises(LmtrainError, match="every checkpoint is damaged") as caught:
+        checkpoint.load_params(folder)
+    assert all(name in str(caught.value) for name in [*names, "checkpoints/1/manifest.json"])
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3"]
+
+
 def test_sha256_tells_apart_a_bit_a_name_a_dtype_and_a_shape():
     base = {"a": {"w": np.zeros((2, 3), np.float32)}}
     bit = {"a": {"w": np.zeros((2, 3), np.float32)}}
