@@ -13,11 +13,13 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lmtrain.types import LmtrainError
 
 METRICS = "metrics.jsonl"
 
@@ -42,32 +44,32 @@ class Writer:
         self._wants_board = tensorboard
         self._purge: int | None = None
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _drop_cut_line(self.file)
+            with _writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the metrics of one step. Values are numbers (or 0-d arrays), strings or None."""
+        """Writes the metrics of one step. Values are numbers (or 0-d arrays), strings or None.
+
+        Raises:
+          LmtrainError: the disk refuses (no space, no permission).
+        """
         if jax.process_index() != 0:
             return
         row = {"step": int(step)} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
-        with self.file.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row, allow_nan=False) + "\n")
-        board = self._tensorboard()
-        if board is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    board.add_scalar(name, value, step)
-            board.flush()
+        append_jsonl(self.file, [row])
+        with _writing(self.folder / "tensorboard"):
+            board = self._tensorboard()
+            if board is not None:
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name != "step":
+                        board.add_scalar(name, value, step)
+                board.flush()
 
     def truncate(self, step: int) -> None:
         """Forgets what was written after a step, so that a run resumed there writes no step twice."""
         if jax.process_index() != 0:
             return
-        if self.file.exists():
-            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
-            half = self.file.with_suffix(".half")
-            half.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(half, self.file)
+        truncate_jsonl(self.file, step)
         self.close()
         self._purge = step + 1  # TensorBoard hides what older files hold from there on
 
@@ -94,21 +96,8 @@ class Writer:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of FOLDER/metrics.jsonl, oldest first; [] where there is none. A last line cut by a kill is left out."""
-    file = pathlib.Path(folder) / METRICS
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else ():
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _drop_cut_line(file: pathlib.Path) -> None:
-    if file.exists():
-        text = file.read_bytes()
-        if text and not text.endswith(b"\n"):
-            with file.open("r+b") as f:
-                f.truncate(text.rfind(b"\n") + 1)
+    """The rows of FOLDER/metrics.jsonl, oldest first (see `read_jsonl`)."""
+    return read_jsonl(pathlib.Path(folder) / METRICS)
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +105,84 @@ def _plain(value: Any) -> Any:
         return value
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+# -------------------------------------------------------------------------------------------------------------- jsonl
+def read_jsonl(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line; [] where there is none. A last line cut by a kill is left out.
+
+    Raises:
+      LmtrainError: another line is no JSON object; names the file and the line.
+    """
+    file = pathlib.Path(file)
+    # Lines end in \n alone: str.splitlines would also cut at the U+2028 that JSON strings may hold.
+    whole = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    rows = []
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise LmtrainError(f"{file}:{number}: not one JSON object: {error}. Remove or mend the line.") from None
+        rows.append(row)
+    return rows
+
+
+def append_jsonl(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends a line for each row, in the place of a last line cut by a kill or a full disk.
+
+    Raises:
+      LmtrainError: the disk refuses.
+    """
+    file = pathlib.Path(file)
+    with _writing(file):
+        if file.exists():
+            _drop_cut_line(file)
+        with file.open("ab") as f:
+            f.write(_lines(rows))
+
+
+def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
+    """Forgets the rows whose `step` is after a step, in one rename. A file that is not there stays so.
+
+    Raises:
+      LmtrainError: the disk refuses, or a line is no JSON object.
+    """
+    file = pathlib.Path(file)
+    if file.exists():
+        kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
+        half = file.with_name(f"{file.name}.half")
+        with _writing(file):
+            half.write_bytes(_lines(kept))
+            os.replace(half, file)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("utf-8")
+
+
+def _drop_cut_line(file: pathlib.Path) -> None:
+    with file.open("r+b") as f:
+        size = f.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        f.seek(size - 1)
+        if f.read(1) != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """What the disk refuses inside becomes one message that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LmtrainError(
+            f"{path}: could not be written: {reason}. Once that is mended, the same command goes on."
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- progress

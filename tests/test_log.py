@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from lmtrain import log
+from lmtrain.types import LmtrainError
 
 
 def lines(folder):
@@ -59,6 +61,44 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     assert [r["step"] for r in lines(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb\x0cc\x1cd", "a\r\nb", '{"x": 1}\n{'])
+def test_no_character_of_a_text_ends_a_line(tmp_path, text):
+    file = tmp_path / "samples.jsonl"
+    log.append_jsonl(file, [{"step": 1, "text": text}, {"step": 2, "text": text}])
+    with file.open("a", newline="") as f:
+        f.write(json.dumps({"step": 3, "text": text}, ensure_ascii=False) + "\n")  # as other programs write it
+    assert log.read_jsonl(file) == [{"step": n, "text": text} for n in (1, 2, 3)]
+    log.truncate_jsonl(file, 2)
+    log.append_jsonl(file, [])
+    assert log.read_jsonl(file) == [{"step": n, "text": text} for n in (1, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+@pytest.mark.parametrize("broken", [b"{", b"", b"[1]", b"\xff", b'{"step": 1}{"step": 2}'])
+def test_a_broken_line_is_named_wherever_it_stands(tmp_path, broken):
+    file = tmp_path / "metrics.jsonl"
+    for content in (b'{"step": 1}\n%b\n{"step": 3}\n', b'{"step": 1}\n%b\n'):
+        file.write_bytes(content % broken)
+        with pytest.raises(LmtrainError, match="metrics.jsonl:2: "):
+            log.read_metrics(tmp_path)
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_cut_line(tmp_path):
+    writer = log.Writer(tmp_path, tensorboard=False)
+    writer.write(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))  # no file beyond 40 bytes
+        with pytest.raises(LmtrainError, match=r"metrics.jsonl: could not be written: File too large.*goes on"):
+            writer.write(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes()[-1:] != b"\n"  # the disk took a part
+    assert [r["step"] for r in log.read_metrics(tmp_path)] == [1]
+    writer.write(2, {"loss": 3.0})
+    assert [r["loss"] for r in lines(tmp_path)] == [1.0, 3.0]
+
+
 def test_no_metrics_yet(tmp_path):
     assert log.read_metrics(tmp_path) == []
     log.Writer(tmp_path, tensorboard=False).truncate(0)
@@ -84,7 +124,8 @@ def test_without_tensorboardx_the_run_goes_on_and_says_so_once(tmp_path, monkeyp
 
 
 def test_importing_log_imports_nothing_heavy():
-    code = "import sys, lmtrain.log; print([m for m in ('tensorboardX', 'rich', 'orbax', 'torch') if m in sys.modules])"
+    heavy = "('tensorboardX', 'rich.progress', 'orbax', 'torch')"
+    code = f"import sys, lmtrain.log; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
