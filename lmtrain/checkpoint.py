@@ -34,10 +34,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lmtrain import log
+from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
 from lmtrain.types import LmtrainError, Params, TrainState
 
-MANIFEST = "manifest.json"
-Folder = str | os.PathLike[str]
+__all__ = ["Checkpoints", "load_params", "newest_sound", "params_sha256", "read_manifest", "read_meta", "steps",
+           "verify", "write_manifest"]  # fmt: skip
 
 
 class Checkpoints:
@@ -114,7 +115,7 @@ class Checkpoints:
         """The one message of a failed save; what it left behind is removed."""
         free = shutil.disk_usage(self.folder.parent).free // 2**20 if self.folder.parent.exists() else 0
         for _ in range(20):
-            if jax.process_index() != 0 or _clean(self.folder):
+            if jax.process_index() != 0 or not any(path.exists() for path in _clean(self.folder)):
                 break
             time.sleep(0.1)  # Orbax's other threads may still be writing
         kept = steps(self.folder)
@@ -152,7 +153,9 @@ class Checkpoints:
         self.wait()
         self._newest, step = None, -1
         if jax.process_index() == 0:
-            _clean(self.folder)
+            for left in sorted({path.name.split(".")[0] for path in _clean(self.folder)}):
+                if left.isdigit():  # perhaps whole, killed just before its manifest: nothing can tell
+                    log.say(f"{self.folder}: an unfinished save of step {left} was removed.")
             step = self._newest_sound()
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
@@ -186,33 +189,9 @@ class Checkpoints:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-def steps(folder: Folder) -> list[int]:
-    """Steps of the finished checkpoints in a folder, oldest first."""
-    return sorted(int(p.parent.name) for p in pathlib.Path(folder).glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
-
-
-def newest_sound(folder: Folder) -> int:
-    """The newest step that passes `verify`; newer ones are named and passed over. Only reads.
-
-    Raises:
-      LmtrainError: there is no finished checkpoint, or every one is damaged (naming all that is wrong).
-    """
-    passed: list[str] = []
-    for step in reversed(steps(folder)):
-        problems = verify(folder, step)
-        if not problems:
-            if passed:
-                log.say(f"{'; '.join(passed)}. Damaged; passed over, the checkpoint of step {step} is used.")
-            return step
-        passed += problems
-    if passed:
-        raise LmtrainError(f"{folder}: every checkpoint is damaged: {'; '.join(passed)}.")
-    raise LmtrainError(f"{folder}: no finished checkpoint here.")
-
-
 def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
-    """The `meta` saved with a step (None: the newest)."""
-    return read_manifest(folder, _newest(folder) if step is None else step)["meta"]
+    """The `meta` saved with a step (None: the newest sound one)."""
+    return read_manifest(folder, newest_sound(folder) if step is None else step)["meta"]
 
 
 def load_params(folder: Folder, step: int | None = None, shardings: Any = None) -> Params:
@@ -258,90 +237,15 @@ def params_sha256(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _newest(folder: Folder) -> int:
-    there = steps(folder)
-    if not there:
-        raise LmtrainError(f"{folder}: no finished checkpoint here.")
-    return there[-1]
-
-
-# ----------------------------------------------------------------------------------------------------------- manifest
-def write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Hashes every file of a checkpoint and writes its manifest, in one rename."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        sums = pool.map(_sha256, files)
-        body = {**manifest, "files": {str(p.relative_to(path)): s for p, s in zip(files, sums, strict=True)}}
-    text = json.dumps({"sha256": _own_sum(body), **body}, indent=1)
-    half = path / f"{MANIFEST}.half"
-    with half.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(half, path / MANIFEST)
-
-
-def read_manifest(folder: Folder, step: int) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises LmtrainError where it is missing or not what was written."""
-    file = pathlib.Path(folder) / str(step) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _own_sum(manifest):
-            raise ValueError
-    except FileNotFoundError:
-        raise LmtrainError(f"{_short(file)}: missing") from None
-    except (ValueError, KeyError, AttributeError):
-        raise LmtrainError(f"{_short(file)}: not what was written (its own sha256 differs)") from None
-    return manifest
-
-
-def verify(folder: Folder, step: int) -> list[str]:
-    """What is wrong with a checkpoint, a text for each file: "checkpoints/200/params/d/1f...: sha256 differs"."""
-    path = pathlib.Path(folder) / str(step)
-    try:
-        files = read_manifest(folder, step)["files"]
-    except LmtrainError as error:
-        return [str(error)]
-
-    def problem(name: str, expected: list[Any]) -> str:
-        file = path / name
-        if not file.exists():
-            return f"{_short(file)}: missing"
-        if file.stat().st_size != expected[0]:
-            return f"{_short(file)}: {file.stat().st_size} bytes, not {expected[0]}"
-        return "" if _sha256(file) == expected else f"{_short(file)}: sha256 differs"
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return [p for p in pool.map(problem, files.keys(), files.values()) if p]
-
-
-def _sha256(file: pathlib.Path) -> list[Any]:
-    """[size, sha256] of a file, read in pieces."""
-    with file.open("rb") as f:
-        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-
-
-def _own_sum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _short(file: pathlib.Path) -> str:
-    """checkpoints/200/..., from the folder of all checkpoints on."""
-    for parent in file.parents:
-        if parent.name.isdigit():
-            return str(file.relative_to(parent.parent.parent))
-    return str(file)
-
-
-def _clean(folder: pathlib.Path) -> bool:
-    """Removes what killed processes left: saves without a manifest, half-deleted checkpoints. True if all is gone."""
+def _clean(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Removes what killed processes left: saves without a manifest, half-deleted checkpoints. Returns their paths."""
     left = []
     for path in folder.glob("*"):
         unfinished = path.name.split(".")[0].isdigit() and path.is_dir() and not (path / MANIFEST).exists()
         if unfinished or path.name.startswith("deleting-"):
             shutil.rmtree(path, ignore_errors=True)
             left.append(path)
-    return not any(path.exists() for path in left)
+    return left
 
 
 # ----------------------------------------------------------------------------------------- state <-> what Orbax stores

@@ -19,7 +19,8 @@ ROOMS = {
     "optim": BASE,
     "objectives": {"types", "schema"},
     "step": {"types", "schema", "mesh", "optim"},
-    "checkpoint": {"types", "schema", "mesh", "optim", "log"},
+    "manifest": {"types", "log"},
+    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest"},
     "engine": BASE | {"models"},
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     "train": BASE

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmtrain import checkpoint, mesh, optim, schema, step
+from lmtrain import checkpoint, manifest, mesh, optim, schema, step
 from lmtrain.types import LmtrainError
 
 AXES = {"block": {"w": ("layers", "embed", "mlp")}, "norm": ("norm",)}
@@ -242,13 +242,25 @@ def test_a_process_that_dies_at_any_point_of_a_save_leaves_a_checkpoint(folder, 
             (folder / "200" / "params" / "d").mkdir(parents=True)  # what a save in place leaves
             (folder / "200.orbax-checkpoint-tmp-1").mkdir()  # and one that renames at its end
         else:
-            target = {"manifest": (checkpoint, "_sha256"), "rename": (os, "replace"), "delete": (shutil, "rmtree")}
+            target = {"manifest": (manifest, "_sha256"), "rename": (os, "replace"), "delete": (shutil, "rmtree")}
             patch.setattr(*target[where], die)
             with pytest.raises(BaseException, match="killed"):
                 saved(folder, 200, keep_last=1)
     found, meta, at = restore(folder, abstract)
     assert at == (200 if where == "delete" else 100) and meta == {"n": at}
     assert [p.name for p in folder.iterdir()] == [str(at)]
+
+
+def test_a_save_without_its_manifest_is_removed_and_said_so(folder, capsys):
+    abstract = saved(folder, 100, 200)
+    (folder / "200" / "manifest.json").unlink()  # killed after Orbax, before the manifest
+    (folder / "300.orbax-checkpoint-tmp-1").mkdir()
+    (folder / "deleting-50").mkdir()  # was to go anyway
+    assert restore(folder, abstract)[2] == 100 and [p.name for p in folder.iterdir()] == ["100"]
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in out] == [f"an unfinished save of step {n} was removed." for n in (200, 300)]
+    restore(folder, abstract)
+    assert capsys.readouterr().out == ""
 
 
 CHILD = """
@@ -453,7 +465,7 @@ def test_hashing_reads_in_pieces(tmp_path):
     with file.open("wb") as f:
         f.truncate(64 << 20)
     tracemalloc.start()
-    size, _ = checkpoint._sha256(file)
+    size, _ = manifest._sha256(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size == 64 << 20 and peak < 2 << 20
@@ -467,5 +479,5 @@ def test_a_folder_without_checkpoints_is_an_error_that_says_so(tmp_path):
 
 def test_manifest_is_plain_json(folder):
     saved(folder, 1)
-    manifest = json.loads((folder / "1" / "manifest.json").read_text())
-    assert manifest["arrays"]["params/norm"] == ["float32", [64]] and manifest["meta"] == {"n": 1}
+    written = json.loads((folder / "1" / "manifest.json").read_text())
+    assert written["arrays"]["params/norm"] == ["float32", [64]] and written["meta"] == {"n": 1}
