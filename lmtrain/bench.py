@@ -23,6 +23,7 @@ from lmtrain.types import LmtrainError
 #: preset -> rows, positions of a row, microbatches, rematerialisation
 BATCHES = {"S": (16, 256, 8, "none"), "M": (4, 512, 4, "none"), "1b": (16, 2048, 4, "dots")}
 WARMUP = 2
+VOCABULARY = 65536  # of presets that leave it to the tokenizer
 
 
 def train(
@@ -33,14 +34,16 @@ def train(
 
     Prints a table and, last, one line of JSON; returns what the line holds. 0 and "" take the preset's own values.
     """
-    if steps < 1:
-        raise LmtrainError(f"--steps is {steps}, but takes at least 1.")
+    for name, value, low in (("steps", steps, 1), ("rows", rows, 0), ("row-length", row_length, 0),
+                             ("accumulate", accumulate, 0)):  # fmt: skip
+        if not low <= value < 1 << 31:
+            raise LmtrainError(f"--{name} is {value}, but takes at least {low}.")
     if cache:
         experiment.use_compilation_cache()
     b, t, a, r = BATCHES.get(preset, (8, 1024, 1, "none"))
     rows, row_length, accumulate = rows or b, row_length or t, accumulate or a
     cfg = dataclasses.replace(presets.get(preset), attention=attention, remat=remat or r)
-    cfg = transformer.resolve(cfg, cfg.vocab_size)
+    cfg = transformer.resolve(cfg, cfg.vocab_size or VOCABULARY)
     mesh = mesh_lib.make(schema.Mesh())
     if rows % (accumulate * mesh.size):
         raise LmtrainError(
@@ -94,6 +97,10 @@ def train(
     }  # fmt: skip
     for name in ("parameters", "tokens_per_second", "gflops", "ceiling_gflops", "share", "first_step_s", "peak_mb"):
         log.say(f"    {name:<20} {result[name]:>14,}")
+    log.say(
+        f"lmtrain bench: {preset}, {result['tokens_per_second']:,} tokens/s on {mesh.size} x {result['device']}; "
+        "as JSON:"
+    )
     print(json.dumps(result), flush=True)
     return result
 

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if rest and not args.takes_overrides:
         parser.error(f"unknown argument {rest[0]!r}")
+    sys.unraisablehook = _unraisable
     try:
         args.command(args, rest)
     except LmtrainError as error:
@@ -32,13 +33,29 @@ def main(argv: list[str] | None = None) -> int:
         stopped = isinstance(error, train.Stopped)
         print(f"lmtrain: {error}", file=sys.stderr)
         return STOPPED if stopped else 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"lmtrain: {error.filename or 'input or output'}: {error.strerror}. Once that is mended, the same "
+              "command goes on.", file=sys.stderr)  # fmt: skip
+        return 2
     except KeyboardInterrupt:
         print("lmtrain: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
+            raise
+        print(f"lmtrain: out of memory: {str(error).splitlines()[0]} What helps: a larger accumulate, remat=full, a "
+              "smaller batch_size or row_length, mesh.fsdp over more devices.", file=sys.stderr)  # fmt: skip
+        return 2
     return 0
+
+
+def _unraisable(what: typing.Any) -> None:
+    # When a disk is full, the writes still under way fail after the checkpoint has: one message is enough.
+    if "Event loop is closed" not in str(what.exc_value):
+        sys.__unraisablehook__(what)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -133,9 +150,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:
-
     from lmtrain import runs
 
+    if args.samples < 1:
+        raise LmtrainError(f"--samples is {args.samples}, but takes at least 1.")
     run = runs.load(args.dir)
     for i in range(args.samples):
         print(args.prompt, end="", flush=True)

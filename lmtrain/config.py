@@ -13,6 +13,7 @@ A file says only what differs from the defaults of schema.py:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -139,6 +140,14 @@ def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             settings = loss_settings(value)
             with s.unlocked():
                 s.loss = _config_dict(settings, {}, "loss") if settings else ConfigDict()
+        if eq and re.fullmatch(r"stages\.\w+\.optim\.args\.\w+", path) and path.split(".")[1] in c.get("stages", {}):
+            args = c.stages[path.split(".")[1]].optim.args  # whatever the optimizer of that name takes
+            try:
+                literal = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                literal = value
+            with args.unlocked():
+                args[path.rsplit(".", 1)[1]] = literal
     for flag in overrides:
         flags.check_path(c, flag)
     values = absl_flags.FlagValues()

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmtrain import schema
+from lmtrain.mesh import replicated
 from lmtrain.models import decode, transformer
 from lmtrain.types import Array, LmtrainError, Params
 
@@ -42,9 +43,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise LmtrainError(f"max_tokens is {self.max_tokens}, but takes at least 1.")
-        if self.temperature < 0:
+        if not 1 <= self.max_tokens <= 1 << 20:
+            raise LmtrainError(f"max_tokens is {self.max_tokens}, but takes 1 to {1 << 20}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise LmtrainError(f"seed is {self.seed}, but takes a whole number from 0 to {(1 << 32) - 1}.")
+        if not self.temperature >= 0:
             raise LmtrainError(f"temperature is {self.temperature}, but takes 0 (the likeliest token) or more.")
         if not 0 < self.top_p <= 1:
             raise LmtrainError(f"top_p is {self.top_p}, but takes a probability above 0 and up to 1.")
@@ -116,7 +119,7 @@ def _start(
 ) -> Any:  # fmt: skip
     cache = decode.init_cache(cfg, tokens_BT.shape[0], capacity)
     logits_BV, cache = decode.prefill(cfg, params, tokens_BT, lengths_B, cache, mesh=mesh)
-    return *sample(logits_BV, keys_B, 0, *draw), cache
+    return *_everywhere(sample(logits_BV, keys_B, 0, *draw), mesh), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
@@ -125,7 +128,12 @@ def _advance(
     tokens_B: jax.Array, cache: Any, keys_B: Array, position: Array | int,
 ) -> Any:  # fmt: skip
     logits_BV, cache = decode.step(cfg, params, tokens_B, cache, mesh=mesh)
-    return *sample(logits_BV, keys_B, position, *draw), cache
+    return *_everywhere(sample(logits_BV, keys_B, position, *draw), mesh), cache
+
+
+def _everywhere(drawn: Any, mesh: Mesh | None) -> Any:
+    """Tokens and log-probabilities whole on every device, so that every process can read them."""
+    return drawn if mesh is None else jax.lax.with_sharding_constraint(drawn, replicated(mesh))
 
 
 def sample(

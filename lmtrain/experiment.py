@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lmtrain import checkpoint, config, engine, flags, log, runs, schema, train
 from lmtrain import mesh as mesh_lib
-from lmtrain.data import pipeline, shards, sources
+from lmtrain.data import pipeline, shards, sources, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
@@ -30,7 +30,9 @@ from lmtrain.types import LmtrainError, Params
 
 
 def run(
-    experiment: str | ConfigDict | schema.Experiment, workdir: str | os.PathLike[str], overrides: Any = ()
+    experiment: str | os.PathLike[str] | ConfigDict | schema.Experiment,
+    workdir: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
 ) -> runs.Run:
     """Runs an experiment's stages in order, each going on where it stopped, and returns the run.
 
@@ -42,8 +44,8 @@ def run(
     Raises:
       LmtrainError: a setting or an input that cannot be, in one message; train.Stopped after SIGTERM or Ctrl-C.
     """
-    if isinstance(experiment, str):
-        experiment = config.load(experiment, overrides)
+    if isinstance(experiment, str | os.PathLike):
+        experiment = config.load(os.fspath(experiment), overrides)
     elif overrides:
         if not isinstance(experiment, ConfigDict):
             raise LmtrainError(
@@ -54,7 +56,7 @@ def run(
     folder = pathlib.Path(workdir)
     use_compilation_cache()
     mesh = mesh_lib.make(e.mesh)
-    preflight(e, mesh)
+    preflight(e, mesh, folder)
     with runs.owned(folder):
         tok: tokenizer_lib.Tokenizer | None = None
         before: str = ""
@@ -74,7 +76,7 @@ def run(
 # ------------------------------------------------------------------------------------------- the stages
 
 
-def preflight(e: schema.Experiment, mesh: Mesh) -> None:
+def preflight(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
     """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open."""
     from lmtrain import optim
 
@@ -87,9 +89,11 @@ def preflight(e: schema.Experiment, mesh: Mesh) -> None:
                     mesh_lib.check_shapes(shapes, axes, mesh)
                 optim.make(stage.optim, stage.steps, axes)
                 check_batch(stage, mesh)
+                if stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
+                    runs.find_stage(pathlib.Path(stage.init_from))
             if stage.data is not None:
-                for document in shards.members(stage.data).values():
-                    next(sources.read(document), None)
+                for member, document in split.members(stage.data).items():
+                    next(sources.read(document, split.field(member)), None)
         except LmtrainError as error:
             raise type(error)(f"stages.{name}: {error}") from None
 
@@ -112,21 +116,14 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
     """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
     note = folder / "config.json"
-    if note.exists():
-        made = json.loads(note.read_text())
-        if made != asked:
-            raise LmtrainError(
-                f"{folder}: was made with {made}, the configuration asks for {asked}. Start another --workdir."
-            )
-        return tokenizer_lib.load(folder)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not note.exists():
         data = cfg.data or default
         if cfg.kind == "bytes":
             tok = tokenizer_lib.bytes_tokenizer()
         elif cfg.kind == "file":
             tok = tokenizer_lib.load(pathlib.Path(cfg.path))
         elif cfg.kind == "bpe":
-            names = ", ".join(f"{m.source} {m.path}".strip() for m in shards.members(data).values())
+            names = ", ".join(f"{m.source} {m.path}".strip() for m in split.members(data).values())
             log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {names}")
             texts = (document.text for document in shards.documents(data))
             tok = tokenizer_lib.train(texts, cfg.vocab_size, limit=cfg.train_bytes)
@@ -139,6 +136,11 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
         runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
     mesh_lib.barrier("tokenizer")
+    made = runs.read_json(note)
+    if made != asked:
+        raise LmtrainError(
+            f"{folder}: was made with {made}, the configuration asks for {asked}. Start another --workdir."
+        )
     return tokenizer_lib.load(folder)
 
 
@@ -156,13 +158,16 @@ def training_stage(
     mesh_lib.check_shapes(transformer.shapes(model), transformer.axes(model), mesh)
     settings = config.to_json(dataclasses.replace(e, stages={name: cfg}))
     settings |= {"model": dataclasses.asdict(model), "tokenizer_sha256": tok.fingerprint}
+    settings |= {"stages_before": list(e.stages)[: list(e.stages).index(name)]}
     check_same(here, name, settings)
     if finished(here, cfg):
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
         return runs.load(here)
 
     try:
-        source, heldout = pipeline.build(cfg.data, tok, cfg.batch_size, e.seed, folder / "data", share=mesh_lib.share(mesh))
+        source, heldout = pipeline.build(
+            cfg.data, tok, cfg.batch_size, e.seed, folder / "data", share=mesh_lib.share(mesh)
+        )
     except LmtrainError as error:
         raise type(error)(f"stages.{name}: {error}") from None
     if jax.process_index() == 0:
@@ -191,7 +196,7 @@ def training_stage(
         loss=config.resolve(cfg.objective, "lmtrain.objectives", "objective"),
         heldout=list(heldout.batches()),
         heldout_bytes=heldout.bytes,
-        initial=initial_params(cfg, model, folder, before, mesh),
+        initial=initial_params(cfg, settings, folder, before, mesh),
         sample=sample if cfg.samples else None,
         meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
@@ -202,21 +207,34 @@ def training_stage(
     return done
 
 
-def initial_params(cfg: schema.Stage, model: schema.Model, folder: pathlib.Path, before: str, mesh: Mesh) -> Any:
+def initial_params(
+    cfg: schema.Stage, settings: dict[str, Any], folder: pathlib.Path, before: str, mesh: Mesh
+) -> Callable[[], Params] | None:
     """A function that loads the parameters a stage starts from, sharded over the mesh; None where it starts afresh."""
     if not cfg.init_from and not before:
         return None
-    stage_folder = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
-    stored = json.loads((stage_folder / "config.json").read_text())
-    compare_models(stored["model"], dataclasses.asdict(model), f"init_from {stage_folder}", "model")
-    shardings = mesh_lib.shardings(transformer.axes(model), mesh)
-    return lambda: checkpoint.load_params(stage_folder / "checkpoints", shardings=shardings)
+
+    def load() -> Params:
+        origin = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
+        stored = runs.read_json(origin / "config.json")
+        compare_models(stored["model"], settings["model"], f"init_from {origin}", "stages.NAME.model")
+        if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
+            raise LmtrainError(
+                f"init_from {origin}: it was trained with another tokenizer, so its tokens mean other text. Take its "
+                f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={origin.parent / 'tokenizer'}"
+            )
+        shardings = mesh_lib.shardings(transformer.axes(runs.stored_model(settings)), mesh)
+        return checkpoint.load_params(origin / "checkpoints", shardings=shardings)
+
+    return load
 
 
 def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
     """True where the stage has its last checkpoint and its summary."""
     steps = checkpoint.steps(here / "checkpoints")
-    return bool(steps) and steps[-1] >= cfg.steps and here.name in runs.read_summary(here.parent)
+    if not steps or steps[-1] < cfg.steps or here.name not in runs.read_summary(here.parent):
+        return False
+    return not checkpoint.verify(here / "checkpoints", steps[-1])  # a damaged last step is done again
 
 
 def summarise(done: runs.Run, heldout_text: bytes) -> None:
@@ -240,7 +258,7 @@ def summarise(done: runs.Run, heldout_text: bytes) -> None:
     log.say(f"curves and samples: {page}" if page else 'no report.html: pip install "lmtrain[report]" draws one')
     samples = done.folder / done.stage / "samples.jsonl"
     if samples.exists():
-        texts = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        texts = log.read_jsonl(samples)
         log.say("a sample:")
         first = next(t["text"] for t in texts if t["step"] == texts[-1]["step"])
         log.say("\n".join(f"    | {line}" for line in first.splitlines()))
@@ -253,7 +271,7 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
     """Refuses to go on with another model or tokenizer than the stage's checkpoints have; names other changes."""
     if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
         return
-    stored = json.loads((here / "config.json").read_text())
+    stored = runs.read_json(here / "config.json")
     compare_models(stored["model"], settings["model"], str(here), f"stages.{name}.model")
     if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
         raise LmtrainError(

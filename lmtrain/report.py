@@ -18,18 +18,19 @@ def inspect(folder: str | os.PathLike[str]) -> str:
     """Stages, steps, parameter count, sha256 over the parameters, and the configuration of the last stage, as text."""
     last = runs.find_stage(pathlib.Path(folder))
     lines = []
-    for here in stages(last.parent):
+    for here in runs.stages(last.parent):
         steps = checkpoint.steps(here / "checkpoints")
         if not steps:
             lines.append(f"{here}: no checkpoint yet")
             continue
-        stored = json.loads((here / "config.json").read_text())
-        params = checkpoint.load_params(here / "checkpoints", steps[-1])
+        stored = runs.read_json(here / "config.json")
+        newest = checkpoint.newest_sound(here / "checkpoints")
+        params = checkpoint.load_params(here / "checkpoints", newest)
         counted = transformer.count(runs.stored_model(stored))
         scored = [m for m in log.read_metrics(here) if "heldout_loss" in m]
         lines += [
             f"{here}",
-            f"    step        {steps[-1]} of {stored['stages'][here.name]['steps']}",
+            f"    step        {newest} of {stored['stages'][here.name]['steps']}",
             f"    checkpoints {', '.join(map(str, steps))}",
             f"    parameters  {counted['total']:,}",
             f"    sha256      {checkpoint.params_sha256(params)}",
@@ -40,16 +41,10 @@ def inspect(folder: str | os.PathLike[str]) -> str:
             lines.append(
                 f"    held out    {m['heldout_loss']:.4f} nats a token, {bits:.4f} bits per byte, at step {m['step']}"
             )
-    stored = json.loads((last / "config.json").read_text())
+    stored = runs.read_json(last / "config.json")
     lines += [f"configuration of {last.name}:", json.dumps(stored["stages"][last.name], indent=1)]
-    lines.append(f"lmtrain inspect: {len(stages(last.parent))} stage(s) in {last.parent}")
+    lines.append(f"lmtrain inspect: {len(runs.stages(last.parent))} stage(s) in {last.parent}")
     return "\n".join(lines)
-
-
-def stages(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The training stages of a run, oldest first."""
-    found = [p.parent for p in folder.glob("*/checkpoints")]
-    return sorted(found, key=lambda p: (p / "config.json").stat().st_mtime_ns)
 
 
 def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
@@ -61,7 +56,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     matplotlib.use("svg", force=False)
     root = pathlib.Path(folder)
     parts = [f"<h1>{html.escape(root.name)}</h1>"]
-    for here in stages(root):
+    for here in runs.stages(root):
         entry = runs.read_summary(root).get(here.name, {})
         parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry), _samples(here)]
         settings = html.escape((here / "config.json").read_text())
@@ -112,7 +107,7 @@ def _samples(here: pathlib.Path) -> str:
     file = here / "samples.jsonl"
     if not file.exists():
         return ""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = log.read_jsonl(file)
     last = [s["text"] for s in lines if s["step"] == lines[-1]["step"]]
     return "<h3>samples</h3>" + "".join(f"<pre>{html.escape(t)}</pre>" for t in last)
 

@@ -26,6 +26,8 @@ from lmtrain import checkpoint, engine, log, schema
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.types import LmtrainError, Params
 
+WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
+
 
 @dataclasses.dataclass
 class Run:
@@ -73,18 +75,16 @@ def load(folder: str | os.PathLike[str]) -> Run:
     """Opens a run (its last stage with a checkpoint) or one stage's folder, for generation and inspection."""
     path = pathlib.Path(folder)
     stage_folder = find_stage(path)
-    stored = json.loads((stage_folder / "config.json").read_text())
-    steps = checkpoint.steps(stage_folder / "checkpoints")
-    if not steps:
-        raise LmtrainError(f"{stage_folder}: no checkpoint yet. `lmtrain run` makes one.")
+    stored = read_json(stage_folder / "config.json")
+    step = checkpoint.newest_sound(stage_folder / "checkpoints")
     return Run(
         folder=stage_folder.parent,
         stage=stage_folder.name,
         config=stored,
         model=stored_model(stored),
         tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
-        params=checkpoint.load_params(stage_folder / "checkpoints", steps[-1]),
-        step=steps[-1],
+        params=checkpoint.load_params(stage_folder / "checkpoints", step),
+        step=step,
     )
 
 
@@ -94,10 +94,19 @@ def find_stage(path: pathlib.Path) -> pathlib.Path:
         raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
     if (path / "checkpoints").is_dir():
         return path
-    stages = [p.parent for p in path.glob("*/checkpoints")]
-    if not stages:
+    found = stages(path)
+    saved = [p for p in found if checkpoint.steps(p / "checkpoints")]
+    if found and not saved:
+        raise LmtrainError(f"{path}: no checkpoint yet. `lmtrain run` makes one.")
+    if not found:
         raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
-    return max(stages, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+    return saved[-1]
+
+
+def stages(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The training stages of a run that have begun, in the experiment's order."""
+    found = [p.parent for p in folder.glob("*/checkpoints")]
+    return sorted(found, key=lambda p: len(read_json(p / "config.json").get("stages_before", ())))
 
 
 def nearest_run(path: pathlib.Path) -> str:
@@ -117,7 +126,18 @@ def stored_model(stored: dict[str, Any]) -> schema.Model:
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     """summary.json of a run, or {}."""
     file = folder / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object that a run wrote. Raises LmtrainError where it is missing or broken."""
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return value
+    except FileNotFoundError:
+        raise LmtrainError(f"{file}: missing. `lmtrain run` with the same --config and --workdir writes it.") from None
+    except (ValueError, OSError) as error:
+        raise LmtrainError(f"{file}: cannot be read ({error}). Delete it; `lmtrain run` writes it anew.") from None
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
@@ -130,9 +150,11 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 @contextlib.contextmanager
 def owned(folder: pathlib.Path) -> Iterator[None]:
     """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
+    if not str(folder).strip("."):
+        raise LmtrainError("--workdir is empty, but takes a folder of the run's own, such as runs/mine.")
     if folder.exists() and not folder.is_dir():
         raise LmtrainError(f"--workdir {folder} is a file, but takes a folder.")
-    fresh = not folder.exists()
+    fresh = not folder.exists() or not any(folder.iterdir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -147,7 +169,12 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
             ) from None
         try:
             yield
-        except LmtrainError:
+        except Exception:
             if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
-                shutil.rmtree(folder, ignore_errors=True)
+                tokenised = sum(p.stat().st_size for p in folder.glob("data/**/*") if p.is_file())
+                for path in folder.iterdir():
+                    if path.name != "data" or tokenised < WORTH_KEEPING:
+                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import signal
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lmtrain import checkpoint, log, optim, schema, step
@@ -51,6 +52,7 @@ class Parts:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in every checkpoint: configuration, tokenizer
 
 
+SAMPLES = "samples.jsonl"
 SPIKE_WINDOW = 64  # losses whose median a spike is measured against
 
 
@@ -71,7 +73,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     start, abstract = step.make_init(lambda key: transformer.init(parts.model, key), tx, axes, mesh)
     update = step.make_update(parts.loss, forward, tx, schedule, abstract, mesh, cfg.loss, cfg.accumulate)
     evaluate = step.make_evaluate(parts.loss, forward, mesh, cfg.loss)
-    heldout = [mesh_lib.put(b, mesh) for b in parts.heldout]
+    heldout = [mesh_lib.put(b, mesh) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best)
     writer = log.Writer(folder, tensorboard=tensorboard)
 
@@ -94,7 +96,10 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         return state, at
 
     state, at = restore()
-    writer.truncate(at)
+    skipped = 0  # batches passed over since the checkpoint that a rollback would go back to
+    writer.truncate(at or -1)
+    if jax.process_index() == 0:
+        log.truncate_jsonl(folder / SAMPLES, at or -1)
     if at:
         log.say(f"{folder}: going on from step {at} of {cfg.steps}")
 
@@ -112,16 +117,20 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     def evaluation(now: int, params: Params) -> dict[str, float]:
         with meter.paused():
             if parts.sample is not None:
-                write_samples(folder / "samples.jsonl", now, parts.sample(params))
+                texts = parts.sample(params)  # every process takes part
+                if jax.process_index() == 0:
+                    log.append_jsonl(folder / SAMPLES, [{"step": now, "text": text} for text in texts])
             return heldout_lib.score(evaluate, params, heldout, parts.heldout_bytes) if heldout else {}
 
     # ---------------------------------------------------------------- step 0: where it starts from
     scores: dict[str, float] = {}
     if at == 0:
-        first = evaluate(state.params, mesh_lib.put(source.next(state.params), mesh))["loss"]
+        batches = microbatches(source.next(state.params), cfg.accumulate)
+        parts_of_it = [evaluate(state.params, mesh_lib.put(b, mesh))["loss"] for b in batches]
+        first = [sum(float(x[i]) for x in parts_of_it) for i in (0, 1)]
         source.restore(first_position)
         scores = evaluation(0, state.params)
-        writer.write(0, {**row(0, {"loss": float(first[0]) / float(first[1])}), **scores})
+        writer.write(0, {**row(0, {"loss": first[0] / first[1]}), **scores})
 
     # ---------------------------------------------------------------- steps
     pending: collections.deque[tuple[int, Any]] = collections.deque()  # metrics still on the device
@@ -134,7 +143,8 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
             at += 1
             pending.append((at, metrics))
             evaluating = at == cfg.steps or due(at, cfg.eval_every)
-            saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stop.asked)
+            stopping = stop.agreed(at, cfg.log_every)
+            saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stopping)
             # -------------------------------------------------------- log the step before, while this one runs
             wrong = ""
             while pending and not wrong and (len(pending) > 1 or evaluating or saving):
@@ -154,17 +164,20 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                 rollbacks += 1
                 if rollbacks > cfg.max_rollbacks:
                     checkpoints.close()
+                    kept = checkpoint.steps(folder / "checkpoints")
                     raise LmtrainError(
-                        f"{folder}: {wrong} at step {done}, after {cfg.max_rollbacks} rollbacks. The last sound "
-                        "checkpoint is kept. A lower optim.lr, a longer optim.warmup or a smaller optim.clip may help; "
+                        f"{folder}: {wrong} at step {done}, after {cfg.max_rollbacks} rollbacks. "
+                        + (f"The last sound checkpoint, of step {kept[-1]}, is kept. " if kept else "")
+                        + "A lower optim.lr, a longer optim.warmup or a smaller optim.clip may help; "
                         "max_rollbacks allows more."
                     )
                 state, at = restore()
-                source.skip(done - at)
+                skipped += done - at
+                source.skip(skipped)
                 pending.clear()
                 writer.truncate(at)
                 log.say(
-                    f"{folder}: {wrong} at step {done}: back to step {at}, skipping the {done - at} batches since "
+                    f"{folder}: {wrong} at step {done}: back to step {at}, skipping the {skipped} batches since "
                     f"(rollback {rollbacks} of {cfg.max_rollbacks})"
                 )
                 continue
@@ -179,10 +192,11 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                 loop = {"losses": list(losses), "rollbacks": rollbacks}
                 with meter.paused():
                     checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores)
-            if stop.asked and at < cfg.steps:
+                skipped = 0
+            if stopping and at < cfg.steps:
                 checkpoints.close()
                 writer.close()
-                raise Stopped(f"{folder}: stopped by {stop.asked} at step {at} and saved; the same command goes on.")
+                raise Stopped(f"{folder}: stopped by {stopping} at step {at} and saved; the same command goes on.")
     checkpoints.close()
     writer.close()
     return state
@@ -195,7 +209,7 @@ def due(now: int, every: int) -> bool:
 
 def unsound(metrics: dict[str, float], losses: Sequence[float], spike: float) -> str:
     """Why this step's numbers call for a rollback, or ""."""
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "update_ratio"):
         if not math.isfinite(metrics[name]):
             return f"{name} is {metrics[name]}"
     if spike and len(losses) >= SPIKE_WINDOW // 4:
@@ -205,15 +219,22 @@ def unsound(metrics: dict[str, float], losses: Sequence[float], spike: float) ->
     return ""
 
 
-def write_samples(file: pathlib.Path, now: int, texts: list[str]) -> None:
-    """Appends one JSON object for every text."""
-    if jax.process_index() == 0:
-        with file.open("a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": now, "text": t}, ensure_ascii=False) + "\n" for t in texts)
+def microbatches(batch: Batch, count: int) -> list[Batch]:
+    """The batch in `count` parts, row i to part i % count: evaluation takes no more memory than a training step."""
+    return [{name: x[i::count] for name, x in batch.items()} for i in range(count)]
 
 
 class _Stop:
-    asked = ""
+    asked = ""  # the signal that this process got
+
+    def agreed(self, at: int, every: int) -> str:
+        """The signal to stop for. Several processes ask one another every few steps, and all stop at the same one."""
+        if jax.process_count() == 1:
+            return self.asked
+        if not due(at, every):
+            return ""
+        asked = multihost_utils.process_allgather(np.array(bool(self.asked))).any()
+        return (self.asked or "another process") if asked else ""
 
 
 @contextlib.contextmanager

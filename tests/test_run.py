@@ -196,6 +196,13 @@ def test_a_loss_that_is_no_number_goes_back_and_skips_its_batches(text, tmp_path
     assert [m["step"] for m in lines(tmp_path)] == list(range(STEPS + 1))
 
 
+def test_several_bad_batches_between_two_checkpoints_are_all_skipped(text, tmp_path, capsys):
+    state = train_poisoned(text, tmp_path, bad={9, 11})
+    said = capsys.readouterr().out
+    assert "rollback 2" in said and "rollback 3" not in said
+    assert int(state.step) == STEPS and all(np.isfinite(m["loss"]) for m in lines(tmp_path))
+
+
 def test_a_loss_that_stays_bad_gives_up_and_keeps_the_last_sound_checkpoint(text, tmp_path):
     with pytest.raises(LmtrainError, match="after 2 rollbacks.*optim.lr"):
         train_poisoned(text, tmp_path, bad=set(range(9, 100)), max_rollbacks=2)
@@ -323,9 +330,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(text, finished
         file.write_bytes(content[: len(content) // 2])
     else:
         file.unlink()
-    (folder / "summary.json").unlink()  # so that the run is not simply finished
     capsys.readouterr()
     lmtrain.run(experiment(text), folder)
     said = capsys.readouterr().out
     assert file.name in said and str(step) in said and "going on from step 20" in said
     assert sha(folder) == sha(finished.folder)
+
+
+def test_a_damaged_checkpoint_can_be_looked_at_past(text, tmp_path, capsys):
+    lmtrain.run(experiment(text, steps=8), tmp_path / "run")
+    file, _ = damaged_file(tmp_path / "run")
+    file.write_bytes(file.read_bytes()[:-7])
+    assert lmtrain.load(tmp_path / "run").step == 4
+    assert "4 of 8" in report.inspect(tmp_path / "run")
+    assert file.name in capsys.readouterr().out
+
+
+def test_a_stage_does_not_start_from_a_model_with_another_tokenizer(finished, text, tmp_path):
+    c = experiment(text, steps=1, init_from=str(finished.folder))
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=264)
+    lmtrain.run(c, tmp_path / "same")  # 264 tokens without a merge: the same tokenizer
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=270)
+    with pytest.raises(LmtrainError, match="vocab_size=264.*270|another tokenizer"):
+        lmtrain.run(c, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -90,6 +90,14 @@ SETTINGS = [
     ([S + "data.document=chapter"], ["document", "chapter"]),
     ([S + "data.heldout=some"], ["heldout", "some"]),
     ([S + "data.row_length=100000"], ["row_length", "100000"]),
+    ([S + "prompts=()", S + "samples=1"], ["prompts", "empty"]),
+    ([S + "prompts=(1,2)"], ["prompts", "text"]),
+    ([S + "spike=-1"], ["spike", "-1"]),
+    ([S + "objective=os:path"], ["objective", "os:path", "function"]),
+    ([S + "objective=os:getcwd"], ["objective", "os:getcwd"]),
+    ([S + "objective=:x"], ["objective", ":x"]),
+    ([S + "optim.args.speed=3"], ["speed"]),
+    (["--config.seed=-1"], ["seed", "-1"]),
     (["--nothing=1"], ["--nothing"]),
 ]
 
@@ -180,6 +188,11 @@ def test_commands_on_folders_that_are_no_runs(place, capsys):
     refused(capsys, ["generate", "ou"], "ou", "out")
     refused(capsys, ["generate", "out", "--tokens", "0"], "max_tokens")
     refused(capsys, ["generate", "out", "--temperature", "-1"], "temperature")
+    refused(capsys, ["generate", "out", "--temperature", "nan"], "temperature")
+    refused(capsys, ["generate", "out", "--samples", "0"], "samples")
+    pathlib.Path("out/pretrain/config.json").write_text("{")
+    refused(capsys, ["generate", "out"], "config.json")
+    refused(capsys, ["run", "--config", "tiny.py", "--workdir", ""], "--workdir")
 
 
 def test_two_processes_do_not_share_a_run(place, capsys):
