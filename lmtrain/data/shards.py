@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ from lmtrain.data.sources import Document
 from lmtrain.data.split import DECISIVE, Split, digest, distinct, field, members, plan
 from lmtrain.data.store import Shards
 from lmtrain.data.tokenizer import Tokenizer, as_bytes
-from lmtrain.schema import Data
+from lmtrain.schema import ConfigError, Data
 from lmtrain.types import LmtrainError
 
 SHARD_TOKENS = 1 << 25
@@ -42,15 +41,19 @@ def prepare(
     must see the same folder. Digests of all documents are held in memory: about 100 bytes each.
 
     Raises:
-      ConfigError, LmtrainError: bad settings, missing or broken files, an empty corpus, a full disk.
+      ConfigError, LmtrainError: bad settings, missing or broken files, an empty corpus, a full disk, a shard that is
+        not as it was written (see `store.load`).
     """
-    root = Path(data.cache or folder).expanduser()
+    try:
+        root = Path(data.cache or folder).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"data.cache: got {data.cache!r}, takes a folder: {error}") from None
     if jax.process_count() > 1:
         target = _prepare_together(data, tokenizer, root, progress, shard_tokens)
     else:
         target = root / fingerprint(data, tokenizer)
         _prepare(data, tokenizer, target, progress, shard_tokens)
-    return store.load(target, data)
+    return store.load(target, data, tokenizer.vocab_size)
 
 
 def documents(data: Data) -> Iterator[Document]:
@@ -80,10 +83,10 @@ def fingerprint(data: Data, tokenizer: Tokenizer) -> str:
 
 
 def _prepare(data: Data, tokenizer: Tokenizer, target: Path, progress: bool, shard_tokens: int) -> None:
-    if (target / "manifest.json").is_file():
-        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writing(target.parent))
+        if (target / "manifest.json").is_file():
+            return
         target.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_lock(target))
         if (target / "manifest.json").is_file():  # another run was quicker
@@ -140,7 +143,7 @@ def _member(
     read = records[-1]["read"] if records else 0
     bar.start(data, name, done=offset)
     source = itertools.islice(sources.read(data, field(name)), read, None)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = store.token_type(tokenizer.vocab_size)
     begin = np.array([tokenizer.end], dtype)
     last = False
     while not last:
@@ -191,7 +194,8 @@ def _prepare_together(data: Data, tokenizer: Tokenizer, root: Path, progress: bo
     if jax.process_index() == 0:
         try:
             name = np.frombuffer(fingerprint(data, tokenizer).encode(), np.uint8)
-            (root / name.tobytes().decode() / "failed").unlink(missing_ok=True)
+            with _writing(root):
+                (root / name.tobytes().decode() / "failed").unlink(missing_ok=True)
         except Exception as e:
             name, error = np.zeros(16, np.uint8), e
     name = np.asarray(multihost_utils.broadcast_one_to_all(name), np.uint8)
@@ -228,15 +232,13 @@ def _lock(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(root: Path) -> Iterator[None]:
-    """Turns a folder that takes no more files into one message."""
+    """Turns a folder that takes no files, or no more, into one message. (What sources raise is LmtrainError by now.)"""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise
         raise LmtrainError(
-            f"data: cannot write tokenised shards to {root}: {error.strerror}. Set data.cache to a folder with room, or"
-            " make room: the same command goes on with the shards that are there"
+            f"data: cannot write tokenised shards to {str(root)[:200]}: {error.strerror or error}. Set data.cache to a"
+            " folder that takes files and has room, or make room: the same command goes on with the shards there are"
         ) from None
 
 

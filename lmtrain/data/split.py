@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 from lmtrain.data.sources import Document
@@ -43,9 +44,10 @@ def members(data: Data) -> dict[str, Data]:
         raise ConfigError(
             f"data.heldout: got {data.heldout!r}, takes {', '.join(KINDS)}.{nearest(data.heldout, KINDS)}"
         )
-    for name, least in (("row_length", 1), ("heldout_rows", 0), ("workers", 0), ("limit", 0)):
+    for name, least in (("row_length", 1), ("heldout_rows", 0), ("workers", 0)):
         if getattr(data, name) < least:
             raise ConfigError(f"data.{name}: got {getattr(data, name)}, takes a whole number from {least} up")
+    _check_own(data, "data")
     if not data.mixture:
         return {"": data}
     default = Data()
@@ -56,18 +58,23 @@ def members(data: Data) -> dict[str, Data]:
         here = field(key)
         if member.mixture:
             raise ConfigError(f"{here}.mixture: a mixture has no mixtures in it; list its members side by side")
-        if not member.weight > 0:
-            raise ConfigError(f"{here}.weight: got {member.weight}, takes a number above 0")
-        if member.limit < 0:
-            raise ConfigError(f"{here}.limit: got {member.limit}, takes a whole number from 0 up")
+        _check_own(member, here)
         for name in _SHARED:
             if getattr(member, name) not in (getattr(default, name), getattr(data, name)):
                 raise ConfigError(f"{here}.{name}: one value holds for the whole mixture; set data.{name}")
     return dict(data.mixture)
 
 
+def _check_own(data: Data, here: str) -> None:
+    """Ranges of what a member of a mixture has of its own."""
+    if not 0 < data.weight < math.inf:
+        raise ConfigError(f"{here}.weight: got {data.weight}, takes a number above 0")
+    if data.limit < 0:
+        raise ConfigError(f"{here}.limit: got {data.limit}, takes a whole number from 0 up (0: all)")
+
+
 def field(name: str) -> str:
-    """What errors call a member."""
+    """What errors call a member, and what `sources.read` takes: "data.mixture.NAME"; "data" without a mixture."""
     return f"data.mixture.{name}" if name else "data"
 
 

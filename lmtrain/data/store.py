@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,31 @@ VERSION = 1  # of the layout; another one gives another fingerprint
 DOCUMENT = np.dtype([("hash", "V16"), ("bytes", "<i8"), ("tokens", "<i8"), ("heldout", "?")])
 SIDES = ("train", "heldout")
 COUNTS = ("documents", "bytes", "tokens", "heldout_documents", "heldout_bytes", "heldout_tokens", "duplicates")
+VERIFY_BYTES = 2 << 30  # tokens of a corpus up to which opening it compares their hashes: a second or two
 _OPEN_FILES = 256  # memory maps of a stream at once; a large corpus has more shards than a process may open
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """What tokens of so many ids are stored as."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _map(path: Path, length: int, dtype: np.dtype) -> np.ndarray:
+    """The tokens of a file, memory-mapped, length > 0.
+
+    np.load would parse the header, which Python 3.11 cannot do in two threads at once (SystemError), for what is known.
+    """
+    return np.memmap(path, dtype, "r", offset=path.stat().st_size - length * dtype.itemsize, shape=(length,))
 
 
 class Stream:
     """The tokens of many documents, end to end, in memory-mapped files of known lengths."""
 
-    def __init__(self, paths: list[Path], lengths: list[int]) -> None:
+    def __init__(self, paths: list[Path], lengths: list[int], dtype: np.dtype) -> None:
         whole = [(path, n) for path, n in zip(paths, lengths, strict=True) if n]  # an empty file cannot be mapped
-        self._paths = [path for path, _ in whole]
         self._starts = np.cumsum([0, *(n for _, n in whole)])
-        self._map = functools.lru_cache(_OPEN_FILES)(lambda i: np.load(self._paths[i], mmap_mode="r"))
+        self._dtype = dtype
+        self._map = functools.lru_cache(_OPEN_FILES)(lambda i: _map(*whole[i], dtype))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -53,7 +68,7 @@ class Stream:
             parts.append(self._map(i)[start - base : stop - base])
             start += len(parts[-1])
             i += 1
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,22 +135,31 @@ def read_shard(path: Path) -> tuple[dict, np.ndarray] | None:
       LmtrainError: the files are there but damaged.
     """
     try:
-        return json.loads(path.with_suffix(".json").read_text()), np.load(path.with_suffix(".docs.npy"))
+        record = json.loads(path.with_suffix(".json").read_text())
+        documents = np.load(path.with_suffix(".docs.npy"))
+        if documents.dtype != DOCUMENT or not {"read", "last", "sha256", *COUNTS} <= set(record):
+            raise ValueError(f"{path.name} is not as it was written")
+        return record, documents
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except _DAMAGED as error:
         raise _damaged(path.parent, error) from None
 
 
-def load(folder: Path, data: Data) -> Shards:
+def load(folder: Path, data: Data, vocab_size: int) -> Shards:
     """Opens a corpus whose manifest is written; weights come from `data`.
 
+    Files must have the size they were written with. A corpus of up to VERIFY_BYTES of tokens is read
+    through besides: its hashes must be those of the manifest, and its ids below `vocab_size`. That is done once per
+    process, in threads; a larger corpus would take longer than it is worth at every start, so its contents go unread.
+
     Raises:
-      LmtrainError: a file is missing or cut.
+      LmtrainError: a file is missing, cut, or not as it was written.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        opened = []
+        dtype = token_type(vocab_size)
+        opened, files = [], []
         for number, (part, member) in enumerate(zip(manifest["members"], members(data).values(), strict=True)):
             streams = []
             for i, (side, count) in enumerate(zip(SIDES, ("tokens", "heldout_tokens"), strict=True)):
@@ -143,11 +167,37 @@ def load(folder: Path, data: Data) -> Shards:
                 for path, shard in zip(paths, part["shards"], strict=True):
                     if path.stat().st_size != shard["sizes"][i]:
                         raise ValueError(f"{path.name} has another size than it was written with")
-                streams.append(Stream(paths, [shard[count] for shard in part["shards"]]))
+                    if shard[count]:
+                        files.append((path, shard[count], shard["sha256"][i]))
+                streams.append(Stream(paths, [shard[count] for shard in part["shards"]], dtype))
             opened.append(Member(part["name"], member.weight, *streams))
-    except (OSError, ValueError, KeyError) as error:
+        if sum(count for _, count, _ in files) * dtype.itemsize <= VERIFY_BYTES:
+            _verify(files, vocab_size)
+    except _DAMAGED as error:
         raise _damaged(folder, error) from None
     return Shards(folder, opened, manifest)
+
+
+def _verify(files: list[tuple[Path, int, str]], vocab_size: int) -> None:
+    """Raises ValueError for the first (path, length, sha256) whose tokens differ, or have an id out of vocabulary."""
+
+    def read(file: tuple[Path, int, str]) -> tuple[str, int]:
+        path, length, _ = file
+        return _read_through(path, length, token_type(vocab_size), path.stat().st_mtime_ns)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for (path, _, sha256), (found, largest) in zip(files, pool.map(read, files), strict=True):
+            if found != sha256:
+                raise ValueError(f"{path.name} has other contents than it was written with: its sha256 differs")
+            if largest >= vocab_size:
+                raise ValueError(f"{path.name} holds token id {largest}, the tokenizer has {vocab_size}")
+
+
+@functools.lru_cache(1 << 14)
+def _read_through(path: Path, length: int, dtype: np.dtype, changed: int) -> tuple[str, int]:
+    """(sha256 of a file's tokens, the largest of them). Read again only where its time of change is another."""
+    tokens = _map(path, length, dtype)
+    return hashlib.sha256(tokens.data).hexdigest(), int(tokens.max())
 
 
 def write(path: Path, content: bytes | np.ndarray) -> int:
@@ -163,6 +213,10 @@ def write(path: Path, content: bytes | np.ndarray) -> int:
         size = file.tell()
     os.replace(partial, path)
     return size
+
+
+# What reading JSON or an array raises where bytes have changed.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def _damaged(folder: Path, error: Exception) -> LmtrainError:

@@ -34,6 +34,7 @@ SPECIALS = (
 )
 FIRST_BYTE = len(SPECIALS)
 SMALLEST = FIRST_BYTE + 256  # vocabulary without a merge
+LARGEST = 10_000_000  # forty times the largest in use; the trainer asks for memory by this number
 
 #: Where words end before BPE sees them, after GPT-4's pattern: contractions; a word with the one character before it
 #: (mostly a space); numbers in groups of at most two digits (three would spend too much of a small vocabulary on them);
@@ -162,13 +163,16 @@ def train(texts: Iterable[str | bytes], vocab_size: int, limit: int = 0) -> Toke
     Fewer ids where the texts hold too few pairs to merge.
 
     Raises:
-      ConfigError: vocab_size leaves no room for the special tokens and the 256 bytes.
+      ConfigError: vocab_size leaves no room for the special tokens and the 256 bytes, or is absurd; limit below 0.
       LmtrainError: no text at all.
     """
-    if vocab_size < SMALLEST:
+    if not SMALLEST <= vocab_size <= LARGEST:
         raise ConfigError(
-            f"vocab_size: got {vocab_size}, takes at least {SMALLEST} ({FIRST_BYTE} special tokens and the 256 bytes)"
+            f"tokenizer.vocab_size: got {vocab_size}, takes at least {SMALLEST} ({FIRST_BYTE} special tokens and the"
+            f" 256 bytes) and at most {LARGEST:,}"
         )
+    if limit < 0:
+        raise ConfigError(f"tokenizer.train_bytes: got {limit}, takes a whole number from 0 up (0: all text)")
     seen = 0
 
     def pieces() -> Iterator[str]:
@@ -207,11 +211,11 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       LmtrainError: no such file (with the nearest name), not a tokenizer, or one that cannot encode every byte.
     """
-    file = Path(path)
-    if file.is_dir():
+    file = Path(os.path.expanduser(path))
+    if os.path.isdir(file):
         file = file / "tokenizer.json"
-    if not file.is_file():
-        beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
+    if not os.path.isfile(file):
+        beside = sorted(os.listdir(file.parent)) if os.path.isdir(file.parent) else []
         raise LmtrainError(f"tokenizer: no file {file}.{nearest(file.name, beside)}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))

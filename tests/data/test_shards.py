@@ -245,6 +245,60 @@ def test_a_full_disk_is_one_message_and_the_shards_written_are_used_again(corpus
     shards.prepare(corpus, TOK, tmp_path / "data", progress=False, shard_tokens=2000)
 
 
+@pytest.mark.parametrize("cache", ["/proc/x", "FILE/x", "~nosuchuser/x", "x" * 5000])
+def test_a_cache_that_cannot_be_made_is_one_message(corpus, tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    data = Data(**{**vars(corpus), "cache": cache.replace("FILE", str(tmp_path / "file"))})
+    with pytest.raises(LmtrainError, match=r"cannot write tokenised shards to .*data\.cache|data\.cache: got"):
+        shards.prepare(data, TOK, tmp_path / "data", progress=False)
+
+
+@pytest.mark.parametrize("side", ["train", "heldout"])
+@pytest.mark.parametrize("at", [-1, -300])
+def test_one_changed_byte_is_found_and_named(corpus, tmp_path, side, at):
+    folder = shards.prepare(corpus, TOK, tmp_path, progress=False, shard_tokens=2000).folder
+    target = folder / f"00-00001.{side}.npy"
+    content = bytearray(target.read_bytes())
+    content[at] ^= 1
+    target.write_bytes(content)
+    with pytest.raises(LmtrainError, match=rf"damaged \(00-00001\.{side}\.npy has other .*Delete the folder"):
+        shards.prepare(corpus, TOK, tmp_path, progress=False, shard_tokens=2000)
+
+
+def test_contents_are_read_once_per_process_and_not_of_a_large_corpus(corpus, tmp_path, monkeypatch):
+    sha256, hashed = store.hashlib.sha256, []
+    made = shards.prepare(corpus, TOK, tmp_path, progress=False)
+
+    def counted(content):
+        hashed.append(content)
+        return sha256(content)
+
+    monkeypatch.setattr(store.hashlib, "sha256", counted)
+    store.load(made.folder, corpus, TOK.vocab_size)
+    assert not hashed, "read when it was prepared"
+    os.utime(made.folder / "00-00000.train.npy")
+    store.load(made.folder, corpus, TOK.vocab_size)
+    assert len(hashed) == 1
+    monkeypatch.setattr(store, "VERIFY_BYTES", 1000)
+    os.utime(made.folder / "00-00000.train.npy")
+    store.load(made.folder, corpus, TOK.vocab_size)
+    assert len(hashed) == 1
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(corpus, tmp_path):
+    made = shards.prepare(corpus, TOK, tmp_path, progress=False)
+    with pytest.raises(LmtrainError, match=r"00-00000\.train\.npy holds token id \d+, the tokenizer has 100"):
+        store.load(made.folder, corpus, 100)
+
+
+def test_a_damaged_note_of_a_shard_is_named(corpus, tmp_path):
+    made = shards.prepare(corpus, TOK, tmp_path, progress=False)
+    (made.folder / "manifest.json").unlink()
+    (made.folder / "00-00000.json").write_text("[]")
+    with pytest.raises(LmtrainError, match="damaged .*Delete the folder"):
+        shards.prepare(corpus, TOK, tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest"])
 def test_a_damaged_corpus_is_named(corpus, tmp_path, damage):
     folder = shards.prepare(corpus, TOK, tmp_path, progress=False).folder

@@ -1,9 +1,10 @@
 import gzip
 import json
+import sys
 
 import pytest
 
-from lmtrain.data import sources, stdlib
+from lmtrain.data import sources, split, stdlib
 from lmtrain.data.sources import Document
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import LmtrainError
@@ -114,10 +115,38 @@ def test_a_dotted_path_is_a_source(tmp_path, monkeypatch):
     assert [path for path, _, _ in sources.inputs(Data(source="mysource:tales"))] == [str(tmp_path / "mysource.py")]
     with pytest.raises(LmtrainError, match="document 1 is int"):
         texts("mysource:bad")
-    with pytest.raises(ConfigError, match=r"has no function 'tale'\. Did you mean tales\?"):
+    with pytest.raises(ConfigError, match=r"data\.source 'mysource:tale': .*Did you mean tales\?"):
         texts("mysource:tale")
-    with pytest.raises(ConfigError, match="cannot import nowhere"):
-        texts("nowhere:tales")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"ValueError: no luck \(\S*broken_source\.py:4\)"),
+        ("arity", "TypeError: .*positional argument"),
+        ("none", "returned NoneType; a source returns or yields many str"),
+        ("text", "returned str; a source returns or yields many str"),
+        ("yields_none", "document 1 is NoneType; a source yields str"),
+        ("number", "takes a function"),
+    ],
+)
+def test_a_source_function_that_fails_is_one_message(tmp_path, monkeypatch, name, message):
+    (tmp_path / "broken_source.py").write_text(
+        "number = 3\ndef raises(data):\n    yield 'one'\n    raise ValueError('no luck')\ndef arity(): pass\n"
+        "def none(data): pass\ndef text(data): return 'text'\ndef yields_none(data): yield None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LmtrainError, match=r"data\.mixture\.mine\.source.*broken_source:.*" + message):
+        list(sources.read(Data(source=f"broken_source:{name}"), "data.mixture.mine"))
+
+
+@pytest.mark.parametrize("source", [":x", "..x:y", "x:", "nowhere:tales", "bad_syntax:tales"])
+def test_a_dotted_path_that_does_not_import_is_one_message(tmp_path, monkeypatch, source):
+    (tmp_path / "bad_syntax.py").write_text("def tales(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for reads in (sources.read, sources.inputs):
+        with pytest.raises(ConfigError, match=rf"data\.source.*{source}"):
+            list(reads(Data(source=source)))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +168,91 @@ def test_wrong_settings_name_the_field_and_the_nearest(fields, message):
 def test_a_cut_gz_is_named(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"some text\n" * 1000)[:-20])
     for document in ("file", "line", "paragraph"):
-        with pytest.raises(LmtrainError, match=r"a\.gz: cannot be read"):
+        with pytest.raises(LmtrainError, match=r"a\.gz(:\d+)?: cannot be read: .*Replace the file"):
             texts("text", path=str(tmp_path / "a.gz"), document=document)
+
+
+def test_damaged_bytes_in_a_gz_are_named(tmp_path):
+    sound = gzip.compress(b'{"text": "one"}\n' * 20_000)
+    damaged = bytearray(sound)
+    damaged[10] = 0xFF  # a block of a kind that there is not
+    (tmp_path / "a.gz").write_bytes(sound + damaged)
+    for source, document in (("text", "file"), ("text", "line"), ("text", "paragraph"), ("jsonl", "auto")):
+        with pytest.raises(LmtrainError, match=r"a\.gz(:\d+)?: cannot be read: Error -3 .*Replace the file"):
+            texts(source, path=str(tmp_path / "a.gz"), document=document)
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [f"row {i * i}" for i in range(20_000)]}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[2000:6000] = b"\xff" * 4000
+    path.write_bytes(content)
+    with pytest.raises(LmtrainError, match=r"rows\.parquet, after row \d+: cannot be read: .*Replace the file"):
+        texts("parquet", path=str(path))
+
+
+def test_json_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(LmtrainError, match=r"deep\.jsonl:2: JSON nested too deeply"):
+        texts("jsonl", path=str(path))
+    with pytest.raises(LmtrainError, match=r"here: JSON nested too deeply"):
+        sources._record(path.read_bytes().splitlines()[1], "text", "here")
+
+
+def test_hf_names_where_reading_ends(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("gone\naway")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": rows()})
+    with pytest.raises(LmtrainError, match=r"name \(train\), after 1 rows: .*ConnectionError: gone away.*try again"):
+        texts("hf", path="name")
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "hf", "arrayrecord", "parquet"])
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000, "a/" * 3000 + "*", "zero\0byte", "zero\0byte*"])
+def test_a_path_that_the_system_does_not_take_is_one_message(source, path):
+    for reads in (sources.read, sources.inputs):
+        if source != "hf":
+            with pytest.raises(LmtrainError, match=r"data\.mixture\.a\.path: ") as error:
+                list(reads(Data(source=source, path=path), "data.mixture.a"))
+            assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"source": "text", "path": "/no/such"}, "path"),
+        ({"source": "stdlib", "path": "doc"}, "path"),
+        ({"source": "text", "path": __file__, "document": "lines"}, "document"),
+        ({"source": "text"}, "path"),
+        ({"source": "txt", "path": "x"}, "source"),
+    ],
+)
+def test_a_member_of_a_mixture_is_named(fields, name):
+    with pytest.raises(LmtrainError, match=rf"^data\.mixture\.a\.{name}: "):
+        list(sources.read(Data(**fields), split.field("a")))
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "message"),
+    [
+        ("parquet", "pyarrow", r"the extra `data` \(pip install -e '\.\[data\]' in a checkout\)"),
+        ("hf", "datasets", r"the extra `data` \(pip install -e '\.\[data\]' in a checkout\)"),
+        ("arrayrecord", "array_record.python.array_record_module", "pip install array-record"),
+    ],
+)
+def test_a_package_that_is_not_there_comes_with_the_command_for_it(monkeypatch, source, module, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(LmtrainError, match=rf"data\.source={source} needs .*{message}"):
+        texts(source, path=__file__)
 
 
 def test_an_empty_folder_is_named(tmp_path):

@@ -161,11 +161,18 @@ def test_a_missing_file_gives_the_nearest_name(tmp_path):
     BPE.save(tmp_path)
     with pytest.raises(LmtrainError, match=r"Did you mean tokenizer\.json\?"):
         tokenizer.load(tmp_path / "tokeniser.json")
+    for path in ("~nosuchuser/x", "x" * 5000):
+        with pytest.raises(LmtrainError, match="tokenizer: no file"):
+            tokenizer.load(path)
 
 
 def test_wrong_sizes_and_names_are_refused():
     with pytest.raises(ConfigError, match="vocab_size: got 263, takes at least 264"):
         tokenizer.train(TEXT, 263)
+    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size: got 1000+, takes .* at most 10,000,000"):
+        tokenizer.train(TEXT, 10**23)
+    with pytest.raises(ConfigError, match=r"tokenizer\.train_bytes: got -1, takes a whole number from 0 up"):
+        tokenizer.train(TEXT, 300, limit=-1)
     with pytest.raises(LmtrainError, match="no text to learn from"):
         tokenizer.train([], 300)
     with pytest.raises(LmtrainError, match=r"Did you mean <\|end\|>\?"):
