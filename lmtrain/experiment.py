@@ -255,7 +255,7 @@ def summarise(done: runs.Run, heldout_text: bytes) -> None:
     from lmtrain import report  # which reads runs, so it imports this
 
     page = report.write(done.folder)
-    log.say(f"curves and samples: {page}" if page else 'no report.html: pip install "lmtrain[report]" draws one')
+    log.say(f"curves and samples: {page}" if page else "no report.html: pip install -e '.[report]' draws one")
     samples = done.folder / done.stage / "samples.jsonl"
     if samples.exists():
         texts = log.read_jsonl(samples)
