@@ -85,7 +85,7 @@ class Writer:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 self._wants_board = False
-                say('No TensorBoard files: pip install -e '.[tensorboard]' adds them. metrics.jsonl has the same.')
+                say("No TensorBoard files: pip install -e '.[tensorboard]' adds them. metrics.jsonl has the same.")
                 return None
             # The suffix tells apart files begun within one second.
             suffix = f".from-{self._purge or 0}"
