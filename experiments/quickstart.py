@@ -10,7 +10,7 @@ from lmtrain import config
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=600)
+    a = config.parse_arg(arg, steps=1000)
     c = config.experiment()
     # Few tokens beyond the 256 bytes: with so little compute, a large vocabulary would stay mostly unlearned.
     c.stages.tokenizer = config.tokenizer("bpe", vocab_size=288, train_bytes=5_000_000)
