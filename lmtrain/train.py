@@ -95,11 +95,14 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         rollbacks = max(rollbacks, meta["loop"]["rollbacks"])
         return state, at
 
+    def forget(after: int) -> None:
+        writer.truncate(after)
+        if jax.process_index() == 0:
+            log.truncate_jsonl(folder / SAMPLES, after)
+
     state, at = restore()
     skipped = 0  # batches passed over since the checkpoint that a rollback would go back to
-    writer.truncate(at or -1)
-    if jax.process_index() == 0:
-        log.truncate_jsonl(folder / SAMPLES, at or -1)
+    forget(at or -1)
     if at:
         log.say(f"{folder}: going on from step {at} of {cfg.steps}")
 
@@ -175,7 +178,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                 skipped += done - at
                 source.skip(skipped)
                 pending.clear()
-                writer.truncate(at)
+                forget(at)
                 log.say(
                     f"{folder}: {wrong} at step {done}: back to step {at}, skipping the {skipped} batches since "
                     f"(rollback {rollbacks} of {cfg.max_rollbacks})"
