@@ -74,7 +74,7 @@ def resolve(cfg: schema.Mesh, device_count: int) -> dict[str, int]:
         if device_count % fixed:
             raise schema.ConfigError(
                 f"mesh: {said} asks for a multiple of {fixed} devices, but {device_count} are here. The sizes other "
-                f"than mesh.{free[0]}=-1 should multiply to one of {_divisors(device_count)}."
+                f"than mesh.{free[0]}=-1 should multiply to one of {divisors(device_count)}."
             )
         sizes[free[0]] = device_count // fixed
     elif fixed != device_count:
@@ -121,8 +121,10 @@ def _auto(device_array: np.ndarray) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+def divisors(n: int) -> str:
+    """The divisors of a number, for an error message: "1, 2, 4"."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return ", ".join(str(d) for d in sorted({*small, *(n // d for d in small)}))
 
 
 # ------------------------------------------------------------------------------------------- logical axes -> sharding
@@ -149,7 +151,7 @@ def sharding(axes: Axes, mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def shardings(axes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The same tree with a sharding in place of every tuple of logical axes."""
-    return jax.tree.map(lambda axes: sharding(axes, mesh), axes_tree, is_leaf=_is_axes)
+    return jax.tree.map(lambda axes: sharding(axes, mesh), axes_tree, is_leaf=is_axes)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -184,13 +186,14 @@ def check_shapes(shapes_tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> N
                     raise schema.ConfigError(
                         f"mesh.{axis} is {mesh.shape[axis]}, which does not divide dimension {name!r} = {size} of "
                         f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}. "
-                        f"mesh.{axis} could be one of {_divisors(math.gcd(size, mesh.size))}."
+                        f"mesh.{axis} could be one of {divisors(math.gcd(size, mesh.size))}."
                     )
 
-    jax.tree_util.tree_map_with_path(check, axes_tree, shapes_tree, is_leaf=_is_axes)
+    jax.tree_util.tree_map_with_path(check, axes_tree, shapes_tree, is_leaf=is_axes)
 
 
-def _is_axes(x: Any) -> bool:
+def is_axes(x: Any) -> bool:
+    """Whether x is the logical axes of one array: a leaf of a tree of axes."""
     return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
 
 

@@ -8,6 +8,7 @@ dimensions of a matrix are its input and its output, is read from the parameters
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lmtrain import schema
+from lmtrain.mesh import is_axes
 from lmtrain.types import nearest
 
 Axes = tuple[str | None, ...]
@@ -29,6 +31,10 @@ HEADS = ("heads", "kv_heads", "head_dim")
 
 #: Optimizers for which b1, b2, eps of the configuration are the defaults. Others keep optax's own.
 ADAMS = ("adam", "adamw", "nadam", "nadamw")
+
+#: Optimizers that an error lists, where listing all of optax would hide the message.
+COMMON = ("muon", "adamw", "adam", "sgd", "lion", "lamb", "adafactor", "adagrad", "rmsprop", "radam", "adan",
+          "ademamix", "prodigy", "schedule_free_adamw", "signum", "yogi")  # fmt: skip
 
 
 def make(cfg: schema.Optim, steps: int, axes_tree: Any) -> tuple[optax.GradientTransformation, Schedule]:
@@ -65,9 +71,12 @@ def shape(cfg: schema.Optim, steps: int) -> Schedule:
 
     Every schedule rises linearly over the warm-up; then
       constant  stays at 1
-      linear    falls to `final` at the last step
-      cosine    falls to `final` along half a cosine (Loshchilov and Hutter 2017)
-      wsd       stays at 1, falls linearly to `final` over the last `decay` steps (warmup-stable-decay; Hu et al. 2024)
+      linear    falls towards `final`
+      cosine    falls towards `final` along half a cosine (Loshchilov and Hutter 2017)
+      wsd       stays at 1, falls linearly towards `final` over the last `decay` steps (warmup-stable-decay; Hu et al.
+                2024)
+
+    `final` is reached at step `steps`, one past the last update (step `steps` - 1): where it is 0, no update is wasted.
     """
     warmup = _count(cfg.warmup, steps)
     decay = _count(cfg.decay, steps)
@@ -123,11 +132,7 @@ def matrix(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
 
 def matrices(axes_tree: Any) -> Any:
     """The same tree, True where weight decay (and Muon) applies."""
-    return jax.tree.map(lambda axes: matrix(axes) is not None, axes_tree, is_leaf=_is_axes)
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+    return jax.tree.map(lambda axes: matrix(axes) is not None, axes_tree, is_leaf=is_axes)
 
 
 # --------------------------------------------------------------------------------------------------------- optimizers
@@ -143,7 +148,7 @@ def _muon(cfg: schema.Optim, curve: Schedule, axes_tree: Any) -> optax.GradientT
         "beta": cfg.momentum,
         "weight_decay": cfg.weight_decay,
         "muon_weight_dimension_numbers": lambda params: jax.tree.map(
-            lambda axes: matrix(axes) or optax.MaskedNode(), axes_tree, is_leaf=_is_axes
+            lambda axes: matrix(axes) or optax.MaskedNode(), axes_tree, is_leaf=is_axes
         ),
     }
     takes = [n for n in inspect.signature(optax.contrib.muon).parameters if not n.startswith("adam_")]
@@ -180,7 +185,7 @@ def _named(cfg: schema.Optim, schedule: Schedule, axes_tree: Any) -> optax.Gradi
     try:
         tx = make_tx(**settings, **_arguments(cfg, takes, settings))
         # Some want more than gradients (the loss, a Hessian): found out here, not at the first step.
-        tiny = jax.tree.map(lambda axes: jnp.zeros((2,) * len(axes)), axes_tree, is_leaf=_is_axes)
+        tiny = jax.tree.map(lambda axes: jnp.zeros((2,) * len(axes)), axes_tree, is_leaf=is_axes)
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), tiny)
     except (TypeError, ValueError, KeyError) as error:
         raise schema.ConfigError(f"optim.name is {cfg.name!r}, which does not work so: {error}") from error
@@ -209,7 +214,9 @@ def _arguments(cfg: schema.Optim, takes: list[str], settings: dict[str, Any]) ->
 
 
 def _unknown(field: str, got: str, valid: list[str] | tuple[str, ...]) -> str:
-    return f"{field}: there is no {got!r}.{nearest(got, valid)} (valid: {', '.join(valid)})"
+    shown = [name for name in COMMON if name in valid] if len(valid) > 20 else valid
+    others = f", and {len(valid) - len(shown)} others of optax" if len(shown) < len(valid) else ""
+    return f"{field}: there is no {got!r}.{nearest(got, valid)} (valid: {', '.join(shown)}{others})"
 
 
 def _check(cfg: schema.Optim) -> None:
@@ -219,6 +226,9 @@ def _check(cfg: schema.Optim) -> None:
     limits |= {"warmup": (0, None), "decay": (0, None), "weight_decay": (0, None), "clip": (0, None), "eps": (0, None)}
     for field, (low, high) in limits.items():
         value = getattr(cfg, field)
-        if not low <= value <= (float("inf") if high is None else high):
+        if not (math.isfinite(value) and low <= value <= (value if high is None else high)):
             takes = f"between {low} and {high}" if high is not None else f"at least {low}"
             raise schema.ConfigError(f"optim.{field} is {value}; it takes a number of {takes}.")
+    for name, value in cfg.args.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise schema.ConfigError(f"optim.args.{name} is {value}; it takes a finite number.")

@@ -118,7 +118,7 @@ class Optim:
     schedule: str = "wsd"  # wsd | cosine | linear | constant
     warmup: float = 0.02  # share of the steps if below 1, else steps
     decay: float = 0.4  # wsd: share of the steps (or steps) over which it falls
-    final: float = 0.0  # last learning rate, as a share of lr
+    final: float = 0.0  # the share of lr that the schedule ends at, just past the last step
     weight_decay: float = 0.0  # matrices only, times the learning rate
     clip: float = 1.0  # largest global norm of the gradient; 0: none
     b1: float = 0.9

@@ -89,6 +89,11 @@ def test_a_misspelt_axis_is_named():
         mesh.spec(("embd",), make())
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 36, 97])
+def test_divisors_are_all_named_in_order(n):
+    assert mesh.divisors(n) == ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
 def test_every_rule_names_axes_of_the_mesh():
     assert {axis for split in mesh.RULES.values() for axis in split} <= set(mesh.AXES)
 

@@ -236,6 +236,11 @@ def test_what_only_adamw_has_by_default_reaches_others_when_set():
     [
         ({"name": "adanw"}, r"optim.name: there is no 'adanw'.* Did you mean '?ada"),
         ({"name": "clip"}, r"optim.name: there is no 'clip'"),
+        ({"name": "foo"}, r"optim.name: there is no 'foo'. \(valid: muon, adamw, .*, and \d+ others of optax\)$"),
+        ({"lr": float("inf")}, r"optim.lr is inf"),
+        ({"clip": float("nan")}, r"optim.clip is nan"),
+        ({"decay": float("inf")}, r"optim.decay is inf"),
+        ({"args": {"ns_steps": float("inf")}}, r"optim.args.ns_steps is inf"),
         ({"name": "sophia"}, r"'sophia', which does not work so: obj_fn"),
         ({"name": "lbfgs"}, r"'lbfgs', which does not work so"),
         ({"name": "dpsgd"}, r"'dpsgd', which does not work so: .*noise_multiplier"),
@@ -278,6 +283,12 @@ def test_linear_and_cosine_fall_to_the_final_share():
     np.testing.assert_allclose(linear, 1 - 0.9 * np.arange(100) / 100, rtol=1e-5)
     cosine = curve(warmup=0, schedule="cosine", final=0.1)
     np.testing.assert_allclose(cosine, 0.1 + 0.45 * (1 + np.cos(np.pi * np.arange(100) / 100)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "linear", "cosine"])
+def test_the_last_update_still_learns_though_the_final_rate_is_zero(schedule):
+    falls = optim.shape(schema.Optim(schedule=schedule, final=0.0), 100)
+    assert float(falls(99)) > 0 and float(falls(100)) == pytest.approx(0, abs=1e-7)
 
 
 def test_past_the_end_the_rate_stays_at_its_last():
