@@ -43,7 +43,8 @@ class TrainState:
       step: int32 scalar, updates done so far.
       params: nested dict of float32 master weights.
       opt_state: the optax state.
-      key: a typed jax.random key; the step folds `step` into it, so it never changes.
+      key: a typed jax.random key, saved and restored with the rest, for objectives that draw. No update changes it:
+        who draws folds `step` into it. Pretraining draws nothing.
     """
 
     step: jax.Array

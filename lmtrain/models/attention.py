@@ -14,8 +14,6 @@ cannot honour a request raises ConfigError and names itself; none ignores it.
 
 from __future__ import annotations
 
-import difflib
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +22,7 @@ from lmtrain import schema
 from lmtrain.mesh import constrain, spec
 from lmtrain.models.layers import Norm, product, rope
 from lmtrain.models.params import normal, param, zeros
+from lmtrain.types import nearest
 
 BACKENDS = ("reference", "xla", "cudnn", "splash")
 HIDDEN = -1e30  # the score of a key that a query may not see: exp(HIDDEN - any score) is exactly 0
@@ -50,11 +49,8 @@ def choose(backend: str, platform: str, *, length: int = 128, head_dim: int = 64
             return "cudnn"
         return "xla"
     if backend not in BACKENDS:
-        near = difflib.get_close_matches(backend, (*BACKENDS, "auto"), 1)
-        raise schema.ConfigError(
-            f"model.attention is {backend!r}; it takes auto, {', '.join(BACKENDS)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
+        hint = nearest(backend, (*BACKENDS, "auto"))
+        raise schema.ConfigError(f"model.attention is {backend!r}; it takes auto, {', '.join(BACKENDS)}.{hint}")
     return backend
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from lmtrain.schema import ConfigError, Model, RopeScaling
+from lmtrain.types import nearest
 
 
 def presets() -> dict[str, Model]:
@@ -39,9 +39,7 @@ def get(name: str) -> Model:
     """
     known = presets()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name!r} is not a named model.{hint} (names: {', '.join(known)})")
+        raise ConfigError(f"{name!r} is not a named model.{nearest(name, known)} (names: {', '.join(known)})")
     return known[name]
 
 

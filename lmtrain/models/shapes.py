@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 
 from lmtrain import schema
+from lmtrain.mesh import divisors
 from lmtrain.models.attention import BACKENDS
 from lmtrain.models.layers import GATED, PLAIN
+from lmtrain.types import nearest
 
 CHOICES = {
     "activation": (*GATED, *PLAIN),
@@ -17,6 +19,9 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 SCALINGS = ("none", "linear", "llama3", "yarn")
+
+LARGEST_SIZE = 2**31 - 1  # of one dimension: what an int32 index reaches
+LARGEST_ARRAY = 2**40  # numbers in one parameter, all layers of a stack together: 4 TiB
 
 
 def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
@@ -33,17 +38,21 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
     for field, names in CHOICES.items():
         _one_of(f"model.{field}", getattr(m, field), names)
     _one_of("model.rope_scaling.kind", m.rope_scaling.kind, SCALINGS)
+    _finite("model", m)
+    _finite("model.rope_scaling", m.rope_scaling)
     for field in ("layers", "width", "heads"):
         _at_least(field, getattr(m, field), 1)
     for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "window", "experts", "shared_experts", "expert_mlp",
                   "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance", "router_z",
                   "init_scale", "rope_local_theta"):  # fmt: skip
         _at_least(field, getattr(m, field), 0)
+    if m.norm_eps <= 0:
+        raise schema.ConfigError(f"model.norm_eps is {m.norm_eps}; it takes a number above 0.")
 
     if not m.head_dim and m.width % m.heads:
         raise schema.ConfigError(
             f"model.heads is {m.heads}, which does not divide model.width={m.width}; it takes one of "
-            f"{_divisors(m.width)}, or set model.head_dim."
+            f"{divisors(m.width)}, or set model.head_dim."
         )
     head_dim = m.head_dim or m.width // m.heads
     if head_dim % 2:
@@ -55,7 +64,7 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
     if m.heads % kv_heads:
         raise schema.ConfigError(
             f"model.kv_heads is {kv_heads}, which does not divide model.heads={m.heads}; "
-            f"it takes one of {_divisors(m.heads)}."
+            f"it takes one of {divisors(m.heads)}."
         )
     if not m.pattern or set(m.pattern) - {"G", "W"}:
         raise schema.ConfigError(
@@ -90,9 +99,11 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
         raise schema.ConfigError("model.vocab_size is 0 (the tokenizer's), but no tokenizer is given; set it.")
 
     mlp = m.mlp or (-(-8 * m.width // (3 * 64)) * 64 if m.activation in GATED else 4 * m.width)
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         m, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp, vocab_size=m.vocab_size or vocab_size,
         expert_mlp=m.expert_mlp or mlp)  # fmt: skip
+    _check_arrays(resolved)
+    return resolved
 
 
 def groups(cfg: schema.Model) -> tuple[int, str, str]:
@@ -105,6 +116,19 @@ def groups(cfg: schema.Model) -> tuple[int, str, str]:
 def embedding_std(cfg: schema.Model) -> float:
     """Standard deviation of a fresh embedding. A tied one is the output matrix too, so its rows start short."""
     return cfg.init_scale or (0.02 if cfg.tied else 1.0)
+
+
+def _check_arrays(m: schema.Model) -> None:
+    """Refuses a parameter that no machine holds, before anything is traced: a digit too many, most likely."""
+    arrays: list[tuple[str, ...]] = [("vocab_size", "width"), ("layers", "width", "heads", "head_dim")]
+    arrays += [("layers", "width", "experts", "expert_mlp") if m.experts else ("layers", "width", "mlp")]
+    arrays += [("layers", "width", "shared_experts", "expert_mlp")]
+    for fields in arrays:
+        sizes = [getattr(m, field) for field in fields]
+        if math.prod(sizes) > LARGEST_ARRAY:
+            said = " * ".join(f"model.{field}={size}" for field, size in zip(fields, sizes, strict=True))
+            count = f"{math.prod(sizes):.1e} numbers in one array"
+            raise schema.ConfigError(f"{said} is {count}; it takes at most {LARGEST_ARRAY:.1e}.")
 
 
 def _check_rope(m: schema.Model) -> None:
@@ -120,6 +144,14 @@ def _check_rope(m: schema.Model) -> None:
         raise schema.ConfigError(
             f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; both take at least 1."
         )
+    if s.kind == "llama3" and s.low_freq <= 0:
+        raise schema.ConfigError(f"model.rope_scaling.low_freq is {s.low_freq}; it takes a number above 0.")
+    if s.kind == "yarn" and s.beta_slow <= 0:
+        raise schema.ConfigError(f"model.rope_scaling.beta_slow is {s.beta_slow}; it takes a number above 0.")
+    if s.kind == "yarn" and s.attention_factor < 0:
+        raise schema.ConfigError(
+            f"model.rope_scaling.attention_factor is {s.attention_factor}; it takes at least 0 (0: 0.1 ln(factor) + 1)."
+        )
     if s.kind == "llama3" and s.high_freq <= s.low_freq:
         raise schema.ConfigError(
             f"model.rope_scaling.high_freq is {s.high_freq}; it takes more than low_freq={s.low_freq}."
@@ -132,15 +164,19 @@ def _check_rope(m: schema.Model) -> None:
 
 def _one_of(field: str, value: str, names: tuple[str, ...]) -> None:
     if value not in names:
-        near = difflib.get_close_matches(str(value), names, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise schema.ConfigError(f"{field} is {value!r}; it takes {', '.join(names)}.{hint}")
+        raise schema.ConfigError(f"{field} is {value!r}; it takes {', '.join(names)}.{nearest(str(value), names)}")
+
+
+def _finite(where: str, settings: schema.Model | schema.RopeScaling) -> None:
+    """Refuses an inf, a nan, and a size that no index reaches, in any field."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise schema.ConfigError(f"{where}.{field.name} is {value}; it takes a finite number.")
+        if field.type == "int" and value > LARGEST_SIZE:
+            raise schema.ConfigError(f"{where}.{field.name} is {value}; it takes at most {LARGEST_SIZE}.")
 
 
 def _at_least(field: str, value: float, least: int) -> None:
     if value < least:
         raise schema.ConfigError(f"model.{field} is {value}; it takes at least {least}.")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain
+from lmtrain.mesh import batch_shards, constrain, is_axes
 from lmtrain.models import params as p
 from lmtrain.models.attention import Attention, platform
 from lmtrain.models.layers import MLP, Norm, product, rope_tables
@@ -135,7 +135,7 @@ def axes(cfg: schema.Model) -> Params:
         return p.axes_of(lambda: _module(cfg, part, nnx.Rngs(params=0)))
 
     def stack(kinds):
-        return {str(i): jax.tree.map(lambda a: ("layers", *a), of(k), is_leaf=_is_axes) for i, k in enumerate(kinds)}
+        return {str(i): jax.tree.map(lambda a: ("layers", *a), of(k), is_leaf=is_axes) for i, k in enumerate(kinds)}
 
     _, body, tail = groups(cfg)
     tree = of("ends")
@@ -143,10 +143,6 @@ def axes(cfg: schema.Model) -> Params:
     if tail:
         tree["tail"] = stack(tail)
     return tree
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 def shapes(cfg: schema.Model) -> Params:
@@ -170,7 +166,7 @@ def flops_per_token(cfg: schema.Model, row_length: int) -> float:
     and the embedding's look-up not at all, and 12 N H T for the scores of every layer (Chowdhery et al. 2022, appendix
     B; the causal half not taken off, by everybody's convention), T at most the window in windowed layers.
     """
-    dims = jax.tree.map(lambda a: len([name for name in a if name != "layers"]), axes(cfg), is_leaf=_is_axes)
+    dims = jax.tree.map(lambda a: len([name for name in a if name != "layers"]), axes(cfg), is_leaf=is_axes)
     vectors = sum(leaf.size for leaf, d in zip(*map(jax.tree.leaves, (shapes(cfg), dims)), strict=True) if d == 1)
     n = count(cfg)
     matrices = n["active"] - vectors - (0 if cfg.tied else n["embedding"])
@@ -285,12 +281,16 @@ class Forward:
 
         unstacked = isinstance(params["layers"], tuple) or (cache is not None and isinstance(cache["layers"], tuple))
         loop = unstacked or self.loops(count)
-        run: Callable[..., Any] = functools.partial(group, body)
-        if cfg.remat != "none":
+
+        def rematerialised(kinds: str, prevent_cse: bool) -> Callable[..., Any]:
+            run = functools.partial(group, kinds)
+            if cfg.remat == "none":
+                return run
             policies = jax.checkpoint_policies
             policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else policies.nothing_saveable
-            run = jax.checkpoint(run, policy=policy, prevent_cse=loop)
+            return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
 
+        run = rematerialised(body, prevent_cse=loop)
         aux, new = jnp.zeros((), jnp.float32), {}
         if loop:
             kept = [None] * count if cache is None else unstack(cache)["layers"]
@@ -314,7 +314,7 @@ class Forward:
         if tail:
             weights = jax.tree.map(lambda w: w[0], params["tail"])
             kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
-            x_BTD, a, kv = group(tail, x_BTD, weights, kv)
+            x_BTD, a, kv = rematerialised(tail, prevent_cse=True)(x_BTD, weights, kv)
             aux += a
             new["tail"] = jax.tree.map(lambda c: c[None], kv)
         return ends.norm(x_BTD), aux, None if cache is None else new

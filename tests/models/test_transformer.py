@@ -140,9 +140,18 @@ def test_layers_run_in_the_pattern_s_order():
 
 @pytest.mark.parametrize("remat, unroll", [("dots", 1), ("full", 2)])
 def test_remat_changes_nothing(remat, unroll):
-    cfg = tiny(unroll=unroll)
+    cfg = tiny(layers=5, pattern="WG", window=5, unroll=unroll)  # WG WG, W left over
     batch = rows(2, 24)
     close(loss_and_grad(dataclasses.replace(cfg, remat=remat), batch), loss_and_grad(cfg, batch), 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_the_layers_left_over_are_rematerialised_too(remat, unroll):
+    cfg = tiny(layers=5, pattern="WG", window=5, unroll=unroll, remat=remat)
+    forward = functools.partial(Forward(cfg).hidden, batch=rows(2, 24))
+    trace = jax.make_jaxpr(forward)(transformer.shapes(cfg))
+    assert "dot_general" not in {e.primitive.name for e in trace.eqns}  # every product is inside a scan or a remat
 
 
 def test_remat_trades_memory_in_the_order_none_dots_full():
@@ -268,17 +277,30 @@ def test_resolve_fills_in_what_is_left_open():
         (dict(pattern="WG"), r"model.pattern is 'WG', but model.window is 0"),
         (dict(pattern="GL"), r"model.pattern is 'GL'; it takes a word of G \(global\) and W"),
         (dict(window=8), r"model.window is 8, but model.pattern='G' has no windowed layer"),
-        (dict(activation="swigelu"), r"model.activation is 'swigelu'.*Did you mean 'swiglu'"),
+        (dict(activation="swigelu"), r"model.activation is 'swigelu'.*Did you mean swiglu\?"),
         (dict(norm="layernorm"), r"model.norm is 'layernorm'; it takes rmsnorm, gemma"),
-        (dict(attention="splsh"), r"model.attention is 'splsh'.*Did you mean 'splash'"),
+        (dict(attention="splsh"), r"model.attention is 'splsh'.*Did you mean splash\?"),
         (dict(remat="all"), r"model.remat is 'all'; it takes none, dots, full"),
         (dict(dtype="fp32"), r"model.dtype is 'fp32'"),
-        (dict(rope_scaling=RopeScaling("lama3")), r"model.rope_scaling.kind is 'lama3'.*Did you mean 'llama3'"),
+        (dict(rope_scaling=RopeScaling("lama3")), r"model.rope_scaling.kind is 'lama3'.*Did you mean llama3\?"),
         (dict(rope_scaling=RopeScaling("yarn", 0.5)), r"model.rope_scaling: factor is 0.5"),
         (dict(rope_theta=0.0), r"model.rope_theta is 0.0"),
         (dict(experts=4, experts_per_token=5), r"model.experts_per_token is 5; it takes 1 to model.experts=4"),
         (dict(shared_experts=1), r"model.shared_experts is 1, but model.experts is 0"),
         (dict(experts=4, mlp_bias=True), r"model.mlp_bias is True, but experts"),
+        (dict(norm_eps=0.0), r"model.norm_eps is 0.0"),
+        (dict(norm_eps=float("nan")), r"model.norm_eps is nan; it takes a finite"),
+        (dict(rope_theta=float("inf")), r"model.rope_theta is inf"),
+        (dict(init_scale=float("inf")), r"model.init_scale is inf"),
+        (dict(init_scale=-1.0), r"model.init_scale is -1.0; it takes at least 0"),
+        (dict(rope_scaling=RopeScaling("linear", float("nan"))), r"model.rope_scaling.factor is nan"),
+        (dict(rope_scaling=RopeScaling("yarn", 2.0, attention_factor=-1.0)), r"rope_scaling.attention_factor is -1.0"),
+        (dict(rope_scaling=RopeScaling("yarn", 2.0, beta_slow=0.0)), r"model.rope_scaling.beta_slow is 0.0"),
+        (dict(rope_scaling=RopeScaling("llama3", 2.0, low_freq=0.0)), r"model.rope_scaling.low_freq is 0.0"),
+        (dict(vocab_size=10**30), r"model.vocab_size is 10+; it takes at most 2147483647"),
+        (dict(vocab_size=2**30, width=2**11), r"model.vocab_size=1073741824 \* model.width=2048 is 2.2e\+12 numbers"),
+        (dict(mlp=2**31 - 1, layers=8), r"model.layers=8 \* model.width=128 \* model.mlp=2147483647 is"),
+        (dict(experts=2**24, width=2**10), r"model.experts=16777216 .* numbers in one array"),
         (dict(vocab_size=100), r"model.vocab_size is 100, but the tokenizer has 264 tokens"),
     ],
 )
