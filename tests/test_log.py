@@ -120,7 +120,7 @@ def test_without_tensorboardx_the_run_goes_on_and_says_so_once(tmp_path, monkeyp
     writer = log.Writer(tmp_path)
     writer.write(1, {"loss": 2.0})
     writer.write(2, {"loss": 2.0})
-    assert capsys.readouterr().out.count('pip install ".[tensorboard]"') == 1 and len(lines(tmp_path)) == 2
+    assert capsys.readouterr().out.count("pip install -e '.[tensorboard]'") == 1 and len(lines(tmp_path)) == 2
 
 
 def test_importing_log_imports_nothing_heavy():
