@@ -85,7 +85,7 @@ def test_a_mesh_axis_splits_one_dimension_only():
 
 
 def test_a_misspelt_axis_is_named():
-    with pytest.raises(ValueError, match="'embd' is not a logical axis. Did you mean embed\?"):
+    with pytest.raises(ValueError, match=r"'embd' is not a logical axis. Did you mean embed\?"):
         mesh.spec(("embd",), make())
 
 

@@ -40,5 +40,5 @@ def test_every_preset_resolves_with_a_tokenizer_s_vocabulary():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(ConfigError, match="'llama3_8b' is not a named model. Did you mean llama3-8b\?"):
+    with pytest.raises(ConfigError, match=r"'llama3_8b' is not a named model. Did you mean llama3-8b\?"):
         presets.get("llama3_8b")
