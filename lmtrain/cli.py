@@ -9,7 +9,7 @@ import os
 import sys
 import typing
 
-from lmtrain import schema
+from lmtrain import __version__, schema
 from lmtrain.types import LmtrainError
 
 STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C; the same command goes on
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
               "command goes on.", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
-        print("lmtrain: interrupted", file=sys.stderr)
+        print("lmtrain: interrupted; the same command goes on", file=sys.stderr)
         return 130
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "memory" not in str(error):
@@ -65,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lmtrain",
         description="Train your own ChatGPT in JAX: raw text to a chat model, on a laptop, a TPU or many hosts.",
     )
+    parser.add_argument("--version", action="version", version=f"lmtrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     run = commands.add_parser(
@@ -156,10 +157,10 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
         raise LmtrainError(f"--samples is {args.samples}, but takes at least 1.")
     run = runs.load(args.dir)
     for i in range(args.samples):
-        print(args.prompt, end="", flush=True)
         pieces = run.stream(
             args.prompt, args.tokens, args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed + i
         )
+        print(args.prompt + next(pieces, ""), end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print("\n")

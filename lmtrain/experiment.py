@@ -178,6 +178,9 @@ def training_stage(
         f"{here}: {counted['total']:,} parameters, {source.shards.summary()}, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+    tokens = cfg.steps * cfg.batch_size * cfg.data.row_length
+    passes = tokens / max(1, source.shards.total("tokens"))
+    log.say(f"{cfg.steps:,} steps of {tokens // cfg.steps:,} tokens, {passes:.1f} passes over the text; compiling")
 
     end = tok.special("<|endoftext|>")
 

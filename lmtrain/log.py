@@ -231,6 +231,7 @@ class Progress:
             self._bar.update(self._task, completed=step, says=self._says(step, metrics))
         elif step % self.every == 0 or step == self.total or "heldout_loss" in metrics:
             say(f"{self.name} {step}/{self.total}  {self._says(step, metrics)}")
+            self._heldout = ""  # a line of its own; the bar keeps the last one in sight
 
     def _says(self, step: int, metrics: Mapping[str, Any]) -> str:
         said = [f"loss {metrics['loss']:.3f}" if metrics.get("loss") is not None else "", self._heldout]
