@@ -4,8 +4,8 @@
         --config.stages.pretrain.data.path=tinyshakespeare.txt
 
 `:cpu` is nanoGPT's own CPU budget: 4 layers, 128 wide, rows of 64, batch 12, 2,000 steps, 1.54M bytes seen, the last
-10 % of the file held out whole. About three minutes on 2 CPU cores; expect 1.57 nats a byte held out (three seeds:
-SEEDS), where nanoGPT's recipe reaches 1.92 with the same budget. `:gpu` is its larger one, not measured here.
+10 % of the file held out whole. Two to three minutes on 2 CPU cores; expect 1.57 nats a byte held out (seeds 0 and 1:
+1.574, 1.572), where nanoGPT's recipe reaches 1.92 with the same budget. `:gpu` is its larger one, not measured here.
 """
 
 from lmtrain import config, flags
