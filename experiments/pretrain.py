@@ -5,7 +5,10 @@
 
 Sizes: 1m 4m 12m 30m 117m 350m 1b 3b 8b 70b (models/presets.py has the well-known shapes too: llama3-8b, gemma3-1b...).
 The number of steps is what 20 tokens for each parameter need (Chinchilla, arXiv 2203.15556); `:30m,steps=500` sets it.
-On several devices: --config.mesh.fsdp=8, and so on. 1m takes about 20 minutes on 2 CPU cores.
+On several devices: --config.mesh.fsdp=8, and so on.
+
+`:1m,steps=300` takes two minutes on 2 CPU cores (15,000 tokens a second) and reaches 1.69 held-out bits per byte on the
+embedded corpus, where xz -9 needs 1.96; all of its 4,805 steps would take some 22 minutes. Larger sizes were not run here.
 """
 
 from lmtrain import config
