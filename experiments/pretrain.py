@@ -8,7 +8,7 @@ The number of steps is what 20 tokens for each parameter need (Chinchilla, arXiv
 On several devices: --config.mesh.fsdp=8, and so on.
 
 `:1m,steps=300` takes two minutes on 2 CPU cores (15,000 tokens a second) and reaches 1.69 held-out bits per byte on the
-embedded corpus, where xz -9 needs 1.96; all of its 4,805 steps would take some 22 minutes. Larger sizes were not run here.
+embedded corpus, where xz -9 needs 1.96; all of its 4,805 steps would take some 22 minutes. Larger sizes: not run here.
 """
 
 from lmtrain import config
