@@ -270,7 +270,8 @@ def kill_once(command, folder, rng, during_save):
         time.sleep(0.002)
     time.sleep(rng.random() * 0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said}"
 
 
 def killed_and_resumed(command, never_killed, tmp_path, seed):
