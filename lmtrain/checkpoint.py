@@ -8,7 +8,7 @@ Orbax writes in the background. The manifest is written last, in one rename, and
 one is an unfinished save. Older checkpoints are deleted only once a newer manifest stands, so a process killed at any
 instant leaves at least one. A file that no longer matches its sha256 is named, its checkpoint moved aside
 (`damaged-STEP`) and the one before used; Orbax alone restores a flipped bit without a word. Orbax's CheckpointManager
-is not used: it would delete the old checkpoint before the new one's manifest.
+is not used: it deletes by a policy of its own, which knows nothing of the manifest.
 
 Every process calls every method; process 0 alone writes manifests, deletes and judges. FOLDER is on a file system that
 all of them see.

@@ -17,11 +17,9 @@ def get_config(arg=""):
     c.stages.tokenizer = config.tokenizer("bytes")
     c.stages.pretrain = config.stage(
         steps=50, batch_size=16, log_every=1, eval_every=0, checkpoint_every=0, samples=0,
-        model=config.model(layers=2, width=64, heads=4, kv_heads=4, experts=4 if arg == "moe" else 0),
+        model=config.model(layers=2, width=64, heads=4, kv_heads=4, experts=4 if arg else 0),
         data=config.data("text", path=TEXT, row_length=64, heldout_fraction=0.2, heldout_rows=16, document="paragraph"),
-        # A router chooses: a rounding difference sends a token near a tie to another expert. Muon, which scales every
-        # direction of a gradient alike, makes that a visible difference within 15 steps; AdamW does not.
-        optim=config.optim("adamw" if arg == "moe" else "muon"))
+        optim=config.optim("adamw" if arg == "moe-adamw" else "muon"))
     return c
 """
 MESHES = {
@@ -31,6 +29,7 @@ MESHES = {
     "context": (4, "", dict(context=4)),
     "fsdp x tensor x context": (8, "", dict(fsdp=2, tensor=2, context=2)),
     "expert": (4, "moe", dict(expert=4)),
+    "expert x fsdp, AdamW": (8, "moe-adamw", dict(expert=4, fsdp=2)),
     "expert x fsdp": (8, "moe", dict(expert=4, fsdp=2)),
 }
 
@@ -71,8 +70,12 @@ def losses(tmp_path_factory):
     return run
 
 
+# An open defect, cause unknown: see BUILD_NOTES.md. Strict, so that whoever mends it is told.
+OPEN = pytest.mark.xfail(strict=True, reason="a mixture under Muon, its batch split: 5e-3 apart from step 13 on")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=OPEN) if n == "expert x fsdp" else n for n in MESHES])
 def test_eight_devices_give_the_losses_of_one(losses, name):
     devices, arg, sizes = MESHES[name]
     flags = tuple(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
@@ -80,7 +83,7 @@ def test_eight_devices_give_the_losses_of_one(losses, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arg", ["", "moe"])
+@pytest.mark.parametrize("arg", ["", "moe-adamw", pytest.param("moe", marks=OPEN)])
 def test_four_microbatches_give_the_losses_of_one(losses, arg):
     four = losses(1, arg, ("--config.stages.pretrain.accumulate=4",))
     np.testing.assert_allclose(four, losses(1, arg, ()), rtol=1e-4)
