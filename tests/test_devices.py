@@ -1,4 +1,9 @@
-"""The same run on one device and on eight pretended ones: the same 50 losses, whatever the mesh."""
+"""The same run on one device and on eight pretended ones: the same 50 losses, whatever the mesh.
+
+A mixture of experts under Muon is compared in float64 where its batch is split. There the runs agree to 1e-14; in
+float32 they part as soon as a token's second and third expert tie to within rounding (BUILD_NOTES.md has the figures),
+and a comparison would show the luck of the draw, not whether the sums are right.
+"""
 
 import json
 import os
@@ -22,6 +27,15 @@ def get_config(arg=""):
         optim=config.optim("adamw" if arg == "moe-adamw" else "muon"))
     return c
 """
+# The whole program in float64, whatever it names float32.
+DOUBLE = """
+import sys, jax, jax.numpy as jnp
+jax.config.update("jax_enable_x64", True)
+jnp.float32 = jnp.float64
+from lmtrain.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+#: name -> devices, argument of the experiment, axes of the mesh
 MESHES = {
     "data": (8, "", dict(data=8)),
     "fsdp": (8, "", dict(fsdp=8)),
@@ -30,7 +44,13 @@ MESHES = {
     "fsdp x tensor x context": (8, "", dict(fsdp=2, tensor=2, context=2)),
     "expert": (4, "moe", dict(expert=4)),
     "expert x fsdp, AdamW": (8, "moe-adamw", dict(expert=4, fsdp=2)),
-    "expert x fsdp": (8, "moe", dict(expert=4, fsdp=2)),
+}
+SPLIT_MIXTURES = {
+    "data": (8, dict(data=8)),
+    "expert x data": (8, dict(expert=4, data=2)),
+    "expert x fsdp": (8, dict(expert=4, fsdp=2)),
+    "expert x tensor x fsdp": (8, dict(expert=2, tensor=2, fsdp=2)),
+    "4 microbatches": (1, {}),
 }
 
 
@@ -45,21 +65,13 @@ def losses(tmp_path_factory):
     (folder / "tiny.py").write_text(SCRIPT.replace("TEXT", repr(str(folder / "text.txt"))))
     known = {}
 
-    def run(devices, arg, flags):
-        key = (devices, arg, *flags)
+    def run(devices, arg, flags, double=False):
+        key = (devices, arg, double, *flags)
         if key not in known:
             workdir = folder / f"run{len(known)}"
             environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-            argv = [
-                sys.executable,
-                "-m",
-                "lmtrain.cli",
-                "run",
-                "--config",
-                f"{folder}/tiny.py:{arg}",
-                "--workdir",
-                workdir,
-            ]
+            program = [sys.executable, *(["-c", DOUBLE] if double else ["-m", "lmtrain.cli"])]
+            argv = [*program, "run", "--config", f"{folder}/tiny.py:{arg}", "--workdir", workdir]
             done = subprocess.run([*argv, *flags], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             rows = pathlib.Path(workdir, "pretrain/metrics.jsonl").read_text().splitlines()
@@ -70,12 +82,8 @@ def losses(tmp_path_factory):
     return run
 
 
-# An open defect, cause unknown: see BUILD_NOTES.md. Strict, so that whoever mends it is told.
-OPEN = pytest.mark.xfail(strict=True, reason="a mixture under Muon, its batch split: 5e-3 apart from step 13 on")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=OPEN) if n == "expert x fsdp" else n for n in MESHES])
+@pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_give_the_losses_of_one(losses, name):
     devices, arg, sizes = MESHES[name]
     flags = tuple(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
@@ -83,7 +91,17 @@ def test_eight_devices_give_the_losses_of_one(losses, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arg", ["", "moe-adamw", pytest.param("moe", marks=OPEN)])
+@pytest.mark.parametrize("arg", ["", "moe-adamw"])
 def test_four_microbatches_give_the_losses_of_one(losses, arg):
     four = losses(1, arg, ("--config.stages.pretrain.accumulate=4",))
     np.testing.assert_allclose(four, losses(1, arg, ()), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLIT_MIXTURES)
+def test_a_mixture_under_muon_gives_the_losses_of_one_device_however_its_batch_is_split(losses, name):
+    devices, sizes = SPLIT_MIXTURES[name]
+    flags = tuple(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
+    flags += () if sizes else ("--config.stages.pretrain.accumulate=4",)
+    split, whole = (losses(n, "moe", f, double=True) for n, f in ((devices, flags), (1, ())))
+    np.testing.assert_allclose(split, whole, rtol=1e-10)
