@@ -47,12 +47,13 @@ class Checkpoints:
     Args:
       folder: made where it is missing.
       keep_last: how many of the newest stay (at least 1).
-      keep_best: how many more stay, those with the lowest metric `best`.
+      keep_best: how many more stay, those with the lowest metric `best`; with the highest where it is "-NAME".
     """
 
     def __init__(self, folder: Folder, keep_last: int = 2, keep_best: int = 1, best: str = "heldout_loss"):
         self.folder = pathlib.Path(folder).absolute()
-        self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best
+        self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best.removeprefix("-")
+        self._sign = -1.0 if best.startswith("-") else 1.0
         self._checkpointer = _checkpointer(asynchronous=True)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -130,7 +131,7 @@ class Checkpoints:
         scores: dict[int, float] = {}
         for step in there:  # one without a score, or damaged (for restore_newest to name), is not among the best
             with contextlib.suppress(LmtrainError, KeyError, TypeError):
-                scores[step] = float(read_manifest(self.folder, step)["metrics"][self.best])
+                scores[step] = self._sign * float(read_manifest(self.folder, step)["metrics"][self.best])
         scored = sorted((s for s in scores if math.isfinite(scores[s])), key=lambda s: scores[s])
         for step in set(there) - set(there[-self.keep_last :]) - set(scored[: self.keep_best]):
             # Renamed first: a process killed while it deletes leaves no half checkpoint under a step's name.

@@ -89,6 +89,16 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--samples", type=int, default=1, help="how many continuations")
     generate.set_defaults(command=_generate, takes_overrides=False)
 
+    chat = commands.add_parser("chat", help="talk to a trained model in the terminal")
+    chat.add_argument("dir", help="a run's folder, or that of one of its stages")
+    chat.add_argument("--system", default="", help="what the model is told first")
+    chat.add_argument("--tools", default="", metavar="TASK", help="the task whose tools it may call (calculator)")
+    chat.add_argument("--tokens", type=int, default=256, help="longest reply (default 256)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="above 0 draws (default 0: the likeliest token)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability")
+    chat.add_argument("--seed", type=int, default=0, help="another seed, other draws")
+    chat.set_defaults(command=_chat, takes_overrides=False)
+
     look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
     look.add_argument("dir", help="a run's folder, or that of one of its stages")
     look.set_defaults(command=_inspect, takes_overrides=False)
@@ -165,6 +175,17 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
             print(piece, end="", flush=True)
         print("\n")
     print(f"lmtrain generate: {args.samples} from {run.folder / run.stage}, step {run.step}", file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import runs, tasks, terminal
+
+    tools = tasks.get(args.tools) if args.tools else None
+    run = runs.load(args.dir)
+    replies = terminal.chat(
+        run, args.system, tools, max_tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+    print(f"lmtrain chat: {replies} replies from {run.folder / run.stage}, step {run.step}", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

@@ -31,7 +31,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference, placeholder
 
-from lmtrain import flags, schema
+from lmtrain import flags, limits, schema
 from lmtrain.schema import ConfigError
 from lmtrain.types import LmtrainError
 
@@ -82,6 +82,16 @@ def mixture(members: dict[str, ConfigDict], **fields: Any) -> ConfigDict:
     with c.unlocked():
         c.mixture = ConfigDict(dict(members))
     return c
+
+
+def rollout(*tasks: str, **fields: Any) -> ConfigDict:
+    """A schema.Rollout: where reinforcement learning's batches come from."""
+    return _config_dict(schema.Rollout, {"tasks": tasks, **fields}, "rollout")
+
+
+def evaluation(*tasks: str, **fields: Any) -> ConfigDict:
+    """A stage that scores every training stage before it (schema.Evaluation)."""
+    return _config_dict(schema.Evaluation, {"tasks": tasks, **fields}, "evaluation")
 
 
 def optim(name: str = "muon", **fields: Any) -> ConfigDict:
@@ -170,17 +180,19 @@ def build(c: ConfigDict) -> schema.Experiment:
     for name, s in c.stages.items():
         if not isinstance(s, ConfigDict):
             raise ConfigError(
-                f"stages.{name} is {type(s).__name__}, but takes config.stage(...) or config.tokenizer(...)."
+                f"stages.{name} is {type(s).__name__}, but takes config.stage(...), config.tokenizer(...) or "
+                "config.evaluation(...)."
             )
         where = f"stages.{name}"
-        if "kind" in s:
-            stages[name] = _dataclass(schema.Tokenizer, s, where)
+        if "objective" not in s:
+            stages[name] = _dataclass(schema.Tokenizer if "kind" in s else schema.Evaluation, s, where)
+            limits.check(stages[name], where)
             continue
         settings = loss_settings(s.objective)
         made = _dataclass(schema.Stage, s, where)
         loss = _dataclass(settings, s.get("loss") or ConfigDict(), f"{where}.loss") if settings else None
         stages[name] = dataclasses.replace(made, loss=loss)
-        _check_stage(stages[name], where)
+        limits.check(stages[name], where)
     if not any(isinstance(s, schema.Stage) for s in stages.values()):
         raise ConfigError("stages is empty: an experiment needs at least one config.stage(...).")
     return dataclasses.replace(e, stages=stages)
@@ -336,26 +348,3 @@ def _dataclass(cls: Any, c: ConfigDict, where: str) -> Any:
         else:
             values[name] = _check_type(value, kind, at + name)
     return cls(**values)
-
-
-def _check_stage(s: schema.Stage, where: str) -> None:
-    """What a stage's own numbers must satisfy, whatever the model and the data."""
-    least = dict(steps=1, batch_size=1, accumulate=1, log_every=1, eval_every=0, checkpoint_every=0, keep_last=1)
-    least |= dict(keep_best=0, samples=0, sample_tokens=1, max_rollbacks=0, spike=0, sample_temperature=0)
-    for name, low in least.items():
-        if not low <= getattr(s, name) < 2**31:
-            raise ConfigError(f"{where}.{name} is {getattr(s, name)}, but takes a number of at least {low}.")
-    if s.samples and not s.prompts:
-        raise ConfigError(
-            f"{where}.prompts is empty, but {where}.samples={s.samples} needs one; ('',) starts a document."
-        )
-    if s.batch_size % s.accumulate:
-        raise ConfigError(
-            f"{where}.batch_size={s.batch_size} does not divide into {where}.accumulate={s.accumulate} microbatches."
-        )
-    if s.data.row_length < 2:
-        raise ConfigError(f"{where}.data.row_length is {s.data.row_length}, but takes at least 2.")
-    if not 0 < s.data.heldout_fraction < 1:
-        raise ConfigError(
-            f"{where}.data.heldout_fraction is {s.data.heldout_fraction}, but takes a share between 0 and 1."
-        )

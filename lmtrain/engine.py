@@ -1,164 +1,377 @@
-"""Generation: prompts in, completions out, through a key/value cache of static shape.
+"""Generation: prompts in, completions out, through a cache of slots that are refilled as soon as they are free.
 
-The one path that samples text: `lmtrain generate`, the samples of an evaluation, and what later rooms add.
-B prompts, T prompt positions, V vocabulary.
+The one path that samples text: rollouts, evaluations, `lmtrain generate`, chat. B rows (a request each), U prompts read
+at once, T positions of a prompt, n steps, V vocabulary.
+
+    engine = Engine(cfg)
+    engine.submit(prompt, Sampling(max_tokens=64), tag="a")
+    while done := engine.step(params): ...           # [("a", Completion)]; more may be submitted between steps
+
+Shapes are powers of two, so that a few compiled programs serve all requests: the rows at work, the length of prompts,
+and the places of the cache, which is never longer than the longest request at work needs. Growing and shrinking it
+costs a copy, seldom; attention reads all of it at every step.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lmtrain import schema
-from lmtrain.mesh import replicated
-from lmtrain.models import decode, transformer
+from lmtrain.mesh import batch_shards
+from lmtrain.models import decode as decode_lib
 from lmtrain.types import Array, LmtrainError, Params
 
+NEW = 8  # steps that write to the new part of the cache before it is added to the rest
+STEPS = 16  # steps of one call of `Engine.step`, at most
+READ = 1 << 14  # prompt positions that one call reads before it goes on with the others' replies
 
+
+# ---------------------------------------------------------------------------------------------------- words of the API
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How one reply is drawn.
 
     Attributes:
-      max_tokens: the longest completion.
+      max_tokens: its longest length, the stop token included.
       temperature: logits are divided by it; 0 takes the likeliest token.
       top_k: only the k likeliest tokens; 0: all.
-      top_p: only the likeliest tokens that together have this probability (nucleus sampling, arXiv 1904.09751).
-      stop: token ids that end a completion (they are not part of it).
-      seed: the draw of prompt i depends on (seed, i) alone.
+      top_p: only the likeliest tokens that together have this probability; 1: all.
+      min_p: only tokens at least so many times as likely as the likeliest; 0: all.
+      stop: token ids that end the reply.
+      stop_texts: texts that end the reply; the Engine needs its `decode`.
+      seed: a token's draw depends on the seed and its position alone.
     """
 
     max_tokens: int = 128
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tokens <= 1 << 20:
             raise LmtrainError(f"max_tokens is {self.max_tokens}, but takes 1 to {1 << 20}.")
-        if not 0 <= self.seed < 1 << 32:
-            raise LmtrainError(f"seed is {self.seed}, but takes a whole number from 0 to {(1 << 32) - 1}.")
-        if not self.temperature >= 0:
+        if not 0 <= self.seed < 1 << 64:
+            raise LmtrainError(f"seed is {self.seed}, but takes a whole number from 0 to {(1 << 64) - 1}.")
+        if not 0 <= self.temperature < float("inf"):
             raise LmtrainError(f"temperature is {self.temperature}, but takes 0 (the likeliest token) or more.")
         if not 0 < self.top_p <= 1:
             raise LmtrainError(f"top_p is {self.top_p}, but takes a probability above 0 and up to 1.")
-        if self.top_k < 0:
+        if not 0 <= self.min_p <= 1:
+            raise LmtrainError(f"min_p is {self.min_p}, but takes a share of the likeliest's probability, 0 to 1.")
+        if not 0 <= self.top_k < 1 << 31:
             raise LmtrainError(f"top_k is {self.top_k}, but takes 0 (all tokens) or more.")
+        if isinstance(self.stop_texts, str) or not all(self.stop_texts):
+            raise LmtrainError(f"stop_texts is {self.stop_texts!r}, but takes a tuple of texts, none of them empty.")
+
+    def numbered(self, i: int) -> Sampling:
+        """The same with a seed of its own for the i-th of many requests; number 0 keeps the seed."""
+        return dataclasses.replace(self, seed=(self.seed + (i << 32)) % (1 << 64))
 
 
 @dataclasses.dataclass
 class Completion:
-    """What followed one prompt: token ids, each one's log-probability under the model, and why it ended."""
+    """What followed one prompt.
+
+    Attributes:
+      tokens: all that was sampled, the stop token included.
+      logps: each one's log-probability under softmax(logits / temperature), whatever top-k, top-p and min-p left out
+        (temperature 0: of temperature 1).
+      finish: "stop" (a stop token or text ended it), else "length".
+      stop_text: the text that ended it, if one did; then no token is a stop token.
+    """
 
     tokens: list[int]
     logps: list[float]
-    finish: str = "length"  # length | stop
+    finish: str = "length"
+    stop_text: str = ""
+
+    @property
+    def reply(self) -> list[int]:
+        """The tokens without the stop token."""
+        return self.tokens[:-1] if self.finish == "stop" and not self.stop_text else self.tokens
 
 
+class Finished(NamedTuple):
+    """A request that has ended: the tag it was submitted with, and its completion."""
+
+    tag: Any
+    completion: Completion
+
+
+@dataclasses.dataclass
+class Request:
+    """A request at work or waiting. Its last token, sampled or of the prompt, is the next that the model reads."""
+
+    tag: Any
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    completion: Completion
+
+    @property
+    def last(self) -> int:
+        return self.completion.tokens[-1] if self.completion.tokens else self.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """Of its last token."""
+        return len(self.prompt) + len(self.completion.tokens) - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may yet get."""
+        return self.sampling.max_tokens - len(self.completion.tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------- engine
+class Engine:
+    """Answers requests, many at a time; a finished one makes room for the next that waits.
+
+    What a request gets does not depend on its neighbours, its slot or when it came, up to the rounding of products of
+    other shapes.
+
+    Args:
+      cfg: the model (resolved).
+      mesh: where its parameters lie.
+      slots: requests at work at once, at most.
+      capacity: places of the cache to begin with and to keep, a power of two; 0: as many as the requests at work need.
+      decode: token ids -> text, for Sampling.stop_texts.
+    """
+
+    def __init__(
+        self, cfg: schema.Model, mesh: Mesh | None = None, slots: int = 64, capacity: int = 0,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ):  # fmt: skip
+        if slots < 1 or capacity < 0:
+            raise LmtrainError(f"slots is {slots} and capacity {capacity}, but they take at least 1 and 0.")
+        self.cfg, self.mesh, self.slots, self.decode = cfg, mesh, slots, decode
+        self.capacity = places_for(capacity)
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._rows: list[Request | None] = []  # of the cache, each at work or free
+        self._places = 0
+        self._cache: Any = None
+        self._given: Any = None  # the parameters as they were given, and laid out for decoding
+        self._ready: decode_lib.Ready | None = None
+
+    # ------------------------------------------------------------------------------------------------ requests
+    @property
+    def busy(self) -> int:
+        """Requests that have not finished."""
+        return len(self._waiting) + sum(r is not None for r in self._rows)
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, tag: Any = None) -> Completion:
+        """Adds a request: token ids to be continued. `step` returns the tag with the completion when it has ended.
+
+        Returns:
+          the completion, empty as yet, which grows with every step
+        """
+        if len(prompt) == 0:
+            raise LmtrainError("a prompt without tokens: start it with the end-of-text token, as every document does.")
+        if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
+            raise LmtrainError(
+                f"a prompt holds token {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the model's vocabulary "
+                f"is 0 to {self.cfg.vocab_size - 1}. Was it made with another tokenizer?"
+            )
+        if sampling.stop_texts and self.decode is None:
+            raise LmtrainError(f"stop_texts {sampling.stop_texts} takes an Engine with decode=tokenizer.decode.")
+        request = Request(tag, tuple(map(int, prompt)), sampling, Completion([], []))
+        self._waiting.append(request)
+        return request.completion
+
+    def prepare(self, params: Params | decode_lib.Ready) -> decode_lib.Ready:
+        """The parameters laid out for decoding (one copy); all methods take them in place of the parameters."""
+        return params if isinstance(params, decode_lib.Ready) else decode_lib.prepare(self.cfg, params, self.mesh)
+
+    def step(self, params: Params | decode_lib.Ready, steps: int = STEPS) -> list[Finished]:
+        """Reads prompts that wait where slots are free, goes on with every reply by up to so many tokens.
+
+        The parameters are laid out for decoding (a copy of the layers, unless they lie so already) when others are
+        given than in the call before, and let go once nothing is left to do.
+
+        Returns:
+          the requests that have ended, perhaps none
+        """
+        if not self.busy:
+            return []
+        if self._ready is None or params is not self._given:
+            self._given, self._ready = params, self.prepare(params)
+        self._read()
+        steps = min(max(steps, 1), STEPS)
+        self._fit(steps)
+        drawn, self._cache = _steps(self._ready, self._cache, self._columns(), np.int32(steps), (STEPS, NEW))
+        finished = self._record(*map(np.asarray, drawn))
+        if not self.busy:
+            self._given = self._ready = self._cache = None
+            self._rows, self._places = [], 0
+        return finished
+
+    def run(
+        self, params: Params | decode_lib.Ready, requests: Sequence[tuple[Sequence[int], Sampling]]
+    ) -> list[Completion]:
+        """Answers (prompt, sampling) pairs and returns their completions in order. None may be at work before."""
+        if self.busy:
+            raise LmtrainError(f"Engine.run: {self.busy} requests are at work; go on with step until busy is 0.")
+        for i, (prompt, sampling) in enumerate(requests):
+            self.submit(prompt, sampling, i)
+        done: dict[int, Completion] = {}
+        while len(done) < len(requests):
+            done.update(self.step(params))
+        return [done[i] for i in range(len(requests))]
+
+    # ----------------------------------------------------------------------------------------- prompts, steps
+    def _read(self) -> None:
+        """Reads waiting prompts where slots are free: those of one width at a time, oldest first, equal ones once."""
+        budget = READ
+        while self._waiting and budget > 0 and (free := self.slots - sum(r is not None for r in self._rows)):
+            width = power_of_two(len(self._waiting[0].prompt), 16)
+            prompts: dict[tuple[int, ...], int] = {}
+            group: list[Request] = []
+            for r in self._waiting:
+                fits = r.prompt in prompts or len(prompts) * width < budget
+                if len(group) < free and fits and power_of_two(len(r.prompt), 16) == width:
+                    prompts.setdefault(r.prompt, len(prompts))
+                    group.append(r)
+            chosen = {id(r) for r in group}
+            self._waiting = collections.deque(r for r in self._waiting if id(r) not in chosen)
+            budget -= len(prompts) * width
+
+            tokens_UT = np.zeros((self._padded(len(prompts)), width), np.int32)
+            for prompt, u in prompts.items():
+                tokens_UT[u, : len(prompt)] = prompt
+            kept = _read(self._ready, tokens_UT)
+            self._fit(STEPS, group)
+            source_B = np.full(len(self._rows), -1, np.int32)
+            for r in group:
+                row = self._rows.index(None)
+                self._rows[row], source_B[row] = r, prompts[r.prompt]
+            self._cache = _place(self._cache, kept, source_B, self.mesh)
+
+    def _fit(self, steps: int, more: Sequence[Request] = ()) -> None:
+        """Makes the cache as large as the requests at work and `more` need for so many steps."""
+        work = [i for i, r in enumerate(self._rows) if r is not None]
+        requests = [r for r in self._rows if r is not None] + list(more)
+        # The steps of one call are kept in runs of NEW, the last of which may be cut short.
+        ends = [r.position + -(-min(steps, r.left) // NEW) * NEW for r in requests]
+        places = max(places_for(max(ends)), self.capacity)
+        rows, least = len(self._rows), self._padded(len(requests))
+        rows = rows if least <= rows < 4 * least else least  # a row or two less do not compile anew
+        if self._cache is None:
+            self._cache, self._rows = _empty(self._ready, rows, places), [None] * rows
+        elif (rows, places) != (len(self._rows), self._places):
+            take = list(range(rows)) if rows == len(self._rows) else work
+            self._cache = _resize(self._cache, np.array(take + [0] * (rows - len(take)), np.int32), places, self.mesh)
+            self._rows = [self._rows[i] for i in take] + [None] * (rows - len(take))
+        self._places = places
+
+    def _padded(self, n: int) -> int:
+        """Rows of an array that has to hold n: a power of two times the ways that the mesh splits them."""
+        ways = 1 if self.mesh is None else batch_shards(self.mesh)
+        return ways * power_of_two(-(-n // ways), 1)
+
+    def _columns(self) -> dict[str, Any]:
+        """What the device has to know of the requests at work, a column each; free rows have 0 tokens left."""
+        idle = Sampling(temperature=0)
+        how = [idle if r is None else r.sampling for r in self._rows]
+        stops = power_of_two(max(1, *(len(h.stop) for h in how)), 1)
+        return {
+            "tokens_B": np.array([r.last if r else 0 for r in self._rows], np.int32),
+            "position_B": np.array([r.position if r else 0 for r in self._rows], np.int32),
+            "left_B": np.array([r.left if r else 0 for r in self._rows], np.int32),
+            "stop_BC": np.array([[*h.stop, *[-1] * (stops - len(h.stop))] for h in how], np.int32),
+            "how": {
+                "temperature_B": np.array([h.temperature for h in how], np.float32),
+                "top_k_B": np.array([h.top_k for h in how], np.int32),
+                "top_p_B": np.array([h.top_p for h in how], np.float32),
+                "min_p_B": np.array([h.min_p for h in how], np.float32),
+                "key_B2": np.array([divmod(h.seed, 1 << 32) for h in how], np.uint32),
+            },
+        }
+
+    def _record(self, tokens_nB: np.ndarray, logps_nB: np.ndarray) -> list[Finished]:
+        """Adds what was drawn (-1: nothing) to the completions, and frees the rows of those that have ended."""
+        finished = []
+        for row, r in enumerate(self._rows):
+            new = int((tokens_nB[:, row] >= 0).sum())
+            if r is None or not new:
+                continue
+            c = r.completion
+            c.tokens += tokens_nB[:new, row].tolist()
+            c.logps += logps_nB[:new, row].tolist()
+            if c.tokens[-1] in r.sampling.stop:
+                c.finish = "stop"
+            if r.sampling.stop_texts and self.decode is not None:
+                _stop_at_text(c, new, r.sampling.stop_texts, self.decode)
+            if c.finish == "stop" or not r.left:
+                finished.append(Finished(r.tag, c))
+                self._rows[row] = None
+        return finished
+
+
+def _stop_at_text(c: Completion, new: int, texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
+    """Cuts the completion behind the first of its new tokens with which it holds one of the texts."""
+    whole = decode(c.reply)
+    if not any(text in whole for text in texts):
+        return
+    for n in range(len(c.tokens) - new + 1, len(c.reply) + 1):
+        said = decode(c.tokens[:n])
+        for text in texts:
+            if text in said:
+                c.tokens, c.logps, c.finish, c.stop_text = c.tokens[:n], c.logps[:n], "stop", text
+                return
+
+
+def power_of_two(n: int, least: int) -> int:
+    """The first power of two that is at least n and `least`."""
+    return max(1 << (n - 1).bit_length(), 1 << (least - 1).bit_length()) if n > 0 else 1 << (least - 1).bit_length()
+
+
+def places_for(n: int) -> int:
+    """Places of a cache that has to hold n: a power of two, or one and a half, so that a third at most is idle."""
+    whole = power_of_two(n, 32)
+    return 3 * whole // 4 if n <= 3 * whole // 4 and whole > 32 else whole
+
+
+# ------------------------------------------------------------------------------------------------- what is compiled
+_empty = jax.jit(decode_lib.empty, static_argnums=(1, 2))
+_resize = jax.jit(decode_lib.resize, static_argnums=(2, 3))
+_read = jax.jit(decode_lib.read)
+_place = jax.jit(decode_lib.place, static_argnums=3, donate_argnums=0)
+_steps = jax.jit(decode_lib.steps, static_argnums=4, donate_argnums=1)
+
+
+# --------------------------------------------------------------------------------------------------- list in, list out
 def generate(
-    cfg: schema.Model, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling, mesh: Mesh | None = None
-) -> list[Completion]:
-    """Completes every prompt (token ids, none empty) and returns one Completion for each, in order."""
-    completions = [Completion([], []) for _ in prompts]
-    for tokens_B, logps_B, live_B in stream(cfg, params, prompts, sampling, mesh):
-        for i, c in enumerate(completions):
-            if live_B[i]:
-                c.tokens.append(int(tokens_B[i]))
-                c.logps.append(float(logps_B[i]))
-    for c in completions:
-        c.finish = "length" if len(c.tokens) == sampling.max_tokens else "stop"
-    return completions
+    cfg: schema.Model, params: Params | decode_lib.Ready, prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling], mesh: Mesh | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> list[Completion]:  # fmt: skip
+    """Completes every prompt (token ids, none empty) and returns one Completion for each, in order.
+
+    Args:
+      sampling: one for each prompt, or one for all: then prompt i draws as sampling.numbered(i).
+    """
+    how = [sampling.numbered(i) for i in range(len(prompts))] if isinstance(sampling, Sampling) else sampling
+    return Engine(cfg, mesh, decode=decode).run(params, list(zip(prompts, how, strict=True)))
 
 
 def stream(
-    cfg: schema.Model, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling, mesh: Mesh | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (tokens_B, logps_B, live_B) for every new position; live_B is False where a completion has ended.
-
-    Shapes are rounded up to powers of two, so that prompts of many lengths share a few compiled programs.
-    """
-    if not prompts or any(len(p) == 0 for p in prompts):
-        raise LmtrainError("a prompt without tokens: start it with the end-of-text token, as every document does.")
-    params = transformer.unstack(params)  # once: each token reads every weight, and slices of a stack are copies
-    b, longest = len(prompts), max(map(len, prompts))
-    rows, width = _power_of_two(b, 1), _power_of_two(longest, 16)
-    tokens_BT = np.zeros((rows, width), np.int32)
-    lengths_B = np.ones(rows, np.int32)
-    for i, p in enumerate(prompts):
-        tokens_BT[i, : len(p)], lengths_B[i] = p, len(p)
-    draw = (sampling.temperature, sampling.top_k, sampling.top_p)
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(jnp.arange(rows))
-    capacity = _power_of_two(width + sampling.max_tokens, 64)
-    next_B, logps_B, cache = _start(
-        cfg, draw, mesh, capacity, params, jnp.asarray(tokens_BT), jnp.asarray(lengths_B), keys_B
-    )
-    live_B = np.ones(b, bool)
-    for position in range(sampling.max_tokens):
-        tokens, logps = np.asarray(next_B)[:b], np.asarray(logps_B)[:b]
-        live_B = live_B & ~np.isin(tokens, sampling.stop)
-        if not live_B.any():
-            return
-        if position + 1 < sampling.max_tokens:  # dispatched before this position is handed out
-            next_B, logps_B, cache = _advance(cfg, draw, mesh, params, next_B, cache, keys_B, position + 1)
-        yield tokens, logps, live_B
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(
-    cfg: schema.Model, draw: Any, mesh: Mesh | None, capacity: int, params: Params,
-    tokens_BT: jax.Array, lengths_B: jax.Array, keys_B: Array,
-) -> Any:  # fmt: skip
-    cache = decode.init_cache(cfg, tokens_BT.shape[0], capacity)
-    logits_BV, cache = decode.prefill(cfg, params, tokens_BT, lengths_B, cache, mesh=mesh)
-    return *_everywhere(sample(logits_BV, keys_B, 0, *draw), mesh), cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
-def _advance(
-    cfg: schema.Model, draw: Any, mesh: Mesh | None, params: Params,
-    tokens_B: jax.Array, cache: Any, keys_B: Array, position: Array | int,
-) -> Any:  # fmt: skip
-    logits_BV, cache = decode.step(cfg, params, tokens_B, cache, mesh=mesh)
-    return *_everywhere(sample(logits_BV, keys_B, position, *draw), mesh), cache
-
-
-def _everywhere(drawn: Any, mesh: Mesh | None) -> Any:
-    """Tokens and log-probabilities whole on every device, so that every process can read them."""
-    return drawn if mesh is None else jax.lax.with_sharding_constraint(drawn, replicated(mesh))
-
-
-def sample(
-    logits_BV: Array, keys_B: Array, position: Array | int, temperature: float, top_k: int, top_p: float
-) -> tuple[jax.Array, jax.Array]:
-    """Draws tokens_B int32 and returns their log-probabilities logps_B under the unmodified model, float32."""
-    logits_BV = jnp.asarray(logits_BV, jnp.float32)
-    full_BV = jax.nn.log_softmax(logits_BV)
-    if temperature == 0:
-        tokens_B = jnp.argmax(logits_BV, -1)
-    else:
-        logits_BV = logits_BV / temperature
-        if top_k:
-            kth_B = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < kth_B, -jnp.inf, logits_BV)
-        if top_p < 1:
-            sorted_BV = jnp.sort(logits_BV, -1, descending=True)
-            before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), -1) - jax.nn.softmax(sorted_BV)
-            cut_B = jnp.where(before_BV < top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
-            logits_BV = jnp.where(logits_BV < cut_B, -jnp.inf, logits_BV)
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
-        tokens_B = jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
-    logps_B = jnp.take_along_axis(full_BV, tokens_B[:, None], -1)[:, 0]
-    return tokens_B.astype(jnp.int32), logps_B
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
+    cfg: schema.Model, params: Params | decode_lib.Ready, prompt: Sequence[int], sampling: Sampling,
+    mesh: Mesh | None = None, decode: Callable[[Sequence[int]], str] | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yields the tokens of the reply to one prompt as they come, without the stop token."""
+    engine, given = Engine(cfg, mesh, slots=1, decode=decode), 0
+    growing, ready = engine.submit(prompt, sampling), engine.prepare(params)
+    while engine.busy:
+        engine.step(ready, steps=4)
+        yield from growing.reply[given:]
+        given = len(growing.reply)

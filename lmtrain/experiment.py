@@ -20,12 +20,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, config, engine, flags, log, runs, schema, train
+from lmtrain import checkpoint, config, feeds, flags, log, runs, schema, scoring, train
 from lmtrain import mesh as mesh_lib
-from lmtrain.data import pipeline, shards, sources, split
+from lmtrain.data import conversations, jinja, shards, sources, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
+from lmtrain.rollout import rewards
 from lmtrain.types import LmtrainError, Params
 
 
@@ -64,9 +65,12 @@ def run(
         first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
         for name, stage in e.stages.items():
             if isinstance(stage, schema.Tokenizer):
-                tok = tokenizer_stage(stage, first.data, folder / "tokenizer")
+                tok = tokenizer_stage(stage, first, folder / "tokenizer")
+                continue
+            tok = tok or tokenizer_stage(default_tokenizer(first), first, folder / "tokenizer")
+            if isinstance(stage, schema.Evaluation):
+                scoring.run(e, name, stage, tok, folder, mesh)
             else:
-                tok = tok or tokenizer_stage(schema.Tokenizer(), first.data, folder / "tokenizer")
                 done = training_stage(e, name, stage, before, tok, folder, mesh)
                 before = name
         assert done is not None  # config.build refuses an experiment without a training stage
@@ -77,25 +81,64 @@ def run(
 
 
 def preflight(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
-    """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open."""
+    """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
+    and rewards that are not there, a reference that nothing stands for."""
     from lmtrain import optim
 
+    origin: schema.Model | None = None
+    training = [n for n, s in e.stages.items() if isinstance(s, schema.Stage)]
     for name, stage in e.stages.items():
         try:
-            if isinstance(stage, schema.Stage):
-                model = transformer.resolve(stage.model, stage.model.vocab_size or 1024)
-                shapes, axes = transformer.shapes(model), transformer.axes(model)
+            if isinstance(stage, schema.Evaluation):
+                scoring.stages_of(e, stage, name)
+                rewards.get_tasks(stage.tasks)
+            elif isinstance(stage, schema.Tokenizer):
+                if stage.data is not None:
+                    check_source(stage.data)
+            else:
+                if stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
+                    found = runs.find_stage(pathlib.Path(stage.init_from))
+                    origin = runs.stored_model(runs.read_json(found / "config.json"))
+                origin = model_of(stage, origin, stage.model.vocab_size or (origin.vocab_size if origin else 0) or 1024)
+                axes = transformer.axes(origin)
                 if stage.model.vocab_size:
-                    mesh_lib.check_shapes(shapes, axes, mesh)
+                    mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
                 optim.make(stage.optim, stage.steps, axes)
                 check_batch(stage, mesh)
-                if stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
-                    runs.find_stage(pathlib.Path(stage.init_from))
-            if stage.data is not None:
-                for member, document in split.members(stage.data).items():
-                    next(sources.read(document, split.field(member)), None)
+                check_feed(feeds.settled(stage), first=name == training[0])
         except LmtrainError as error:
             raise type(error)(f"stages.{name}: {error}") from None
+
+
+def check_feed(stage: schema.Stage, first: bool) -> None:
+    """Refuses data, tasks, rewards and references that cannot be."""
+    what = feeds.kind(stage)
+    if what == "rollout":
+        rewards.get_tasks(stage.rollout.tasks)
+        rewards.make(stage.rollout.rewards, lambda run: runs.find_stage(pathlib.Path(run)), 0)  # type: ignore[arg-type,return-value]
+        for run in (stage.rollout.user, stage.rollout.reference):
+            if run not in ("", "start", "none"):
+                runs.find_stage(pathlib.Path(run))
+        if stage.data.template:
+            jinja.read(stage.data.template)
+    elif what == "documents":
+        check_source(stage.data)
+    elif ":" not in what:
+        conversations.preflight(what, stage.data)
+    compares = getattr(stage.loss, "REFERENCE", False) or (what == "rollout" and stage.rollout.reference == "start")
+    if compares and first and not stage.init_from:
+        raise schema.ConfigError(
+            f"{stage.objective} begins from a trained model and compares with it, and there is none: put a training "
+            "stage before it, or set init_from to a run."
+        )
+    if stage.teacher:
+        runs.find_stage(pathlib.Path(stage.teacher))
+
+
+def check_source(data: schema.Data) -> None:
+    """Opens every member of a mixture and reads its first document."""
+    for member, document in split.members(data).items():
+        next(sources.read(document, split.field(member)), None)
 
 
 def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
@@ -112,20 +155,40 @@ def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
         )
 
 
-def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
+def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
+    """What an experiment without a tokenizer stage takes: that of the run it starts from, else a BPE of its data."""
+    if not first.init_from:
+        return schema.Tokenizer()
+    return schema.Tokenizer(kind="file", path=str(runs.find_stage(pathlib.Path(first.init_from)).parent / "tokenizer"))
+
+
+def model_of(cfg: schema.Stage, origin: schema.Model | None, vocab_size: int) -> schema.Model:
+    """The stage's model, resolved: what it leaves at its default is that of the model it starts from (`origin`), but
+    for how it is computed; an objective that reads scores or values gives it a scalar head."""
+    asked, default = cfg.model, schema.Model()
+    if origin is not None:
+        same = {
+            f.name: getattr(origin, f.name)
+            for f in dataclasses.fields(schema.Model)
+            if f.name not in COMPUTED and getattr(asked, f.name) == getattr(default, f.name)
+        }
+        asked = dataclasses.replace(asked, **same)
+    head = asked.scalar_head if cfg.model.scalar_head else bool(getattr(cfg.loss, "SCALAR", False))
+    return transformer.resolve(dataclasses.replace(asked, scalar_head=head), vocab_size)
+
+
+def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
     """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
     note = folder / "config.json"
     if jax.process_index() == 0 and not note.exists():
-        data = cfg.data or default
         if cfg.kind == "bytes":
             tok = tokenizer_lib.bytes_tokenizer()
         elif cfg.kind == "file":
             tok = tokenizer_lib.load(pathlib.Path(cfg.path))
         elif cfg.kind == "bpe":
-            names = ", ".join(f"{m.source} {m.path}".strip() for m in split.members(data).values())
+            texts, names = tokenizer_texts(cfg, first)
             log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {names}")
-            texts = (document.text for document in shards.documents(data))
             tok = tokenizer_lib.train(texts, cfg.vocab_size, limit=cfg.train_bytes)
         else:
             raise schema.ConfigError(
@@ -144,13 +207,26 @@ def tokenizer_stage(cfg: schema.Tokenizer, default: schema.Data, folder: pathlib
     return tokenizer_lib.load(folder)
 
 
+def tokenizer_texts(cfg: schema.Tokenizer, first: schema.Stage) -> tuple[Iterable[str | bytes], str]:
+    """What a tokenizer learns from, and its name: its own data, else what the first training stage learns from."""
+    data, what = (cfg.data, "documents") if cfg.data is not None else (first.data, feeds.kind(first))
+    names = ", ".join(f"{m.source} {m.path}".strip() for m in split.members(data).values())
+    if what in conversations.KINDS:
+        return conversations.texts(what, data), names
+    if what != "documents":
+        raise schema.ConfigError(f"the tokenizer has no text to learn from: {what} gives none. Set its data.")
+    return (document.text for document in shards.documents(data)), names
+
+
 def training_stage(
     e: schema.Experiment, name: str, cfg: schema.Stage, before: str, tok: tokenizer_lib.Tokenizer,
     folder: pathlib.Path, mesh: Mesh,
 ) -> runs.Run:  # fmt: skip
     """Runs, resumes or skips one training stage."""
-    here = folder / name
-    model = transformer.resolve(cfg.model, tok.vocab_size)
+    here, cfg = folder / name, feeds.settled(cfg)
+    start = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before if before else None
+    origin = runs.stored_model(runs.read_json(start / "config.json")) if start else None
+    model = model_of(cfg, origin, tok.vocab_size)
     if model.vocab_size < tok.vocab_size:
         raise schema.ConfigError(
             f"stages.{name}.model.vocab_size is {model.vocab_size}, but the tokenizer has {tok.vocab_size} tokens."
@@ -164,10 +240,11 @@ def training_stage(
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
         return runs.load(here)
 
+    initial = initial_params(start, settings, model, mesh) if start else None
+    made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial)
     try:
-        source, heldout = pipeline.build(
-            cfg.data, tok, cfg.batch_size, e.seed, folder / "data", share=mesh_lib.share(mesh)
-        )
+        feed = feeds.build(made)
+        frozen = {"teacher": feeds.frozen(cfg.teacher, made)} if cfg.teacher else {}
     except LmtrainError as error:
         raise type(error)(f"stages.{name}: {error}") from None
     if jax.process_index() == 0:
@@ -175,50 +252,38 @@ def training_stage(
         runs.write_json(here / "config.json", settings)
     counted = transformer.count(model)
     log.say(
-        f"{here}: {counted['total']:,} parameters, {source.shards.summary()}, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"{here}: {counted['total']:,} parameters, {feed.says}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
-    tokens = cfg.steps * cfg.batch_size * cfg.data.row_length
-    passes = tokens / max(1, source.shards.total("tokens"))
-    log.say(f"{cfg.steps:,} steps of {tokens // cfg.steps:,} tokens, {passes:.1f} passes over the text; compiling")
-
-    end = tok.special("<|endoftext|>")
-
-    def sample(params: Params) -> list[str]:
-        prompts = [[end, *tok.encode(cfg.prompts[i % len(cfg.prompts)])] for i in range(cfg.samples)]
-        how = engine.Sampling(cfg.sample_tokens, cfg.sample_temperature, stop=(end,), seed=e.seed)
-        return [
-            tok.decode([*p[1:], *c.tokens])
-            for p, c in zip(prompts, engine.generate(model, params, prompts, how, mesh), strict=True)
-        ]
+    over = f", {feed.passes:.1f} passes over the data" if feed.passes else ""
+    log.say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.data.row_length} tokens{over}; compiling")
 
     parts = train.Parts(
         cfg=cfg,
         model=model,
-        source=source,
-        loss=config.resolve(cfg.objective, "lmtrain.objectives", "objective"),
-        heldout=list(heldout.batches()),
-        heldout_bytes=heldout.bytes,
-        initial=initial_params(cfg, settings, folder, before, mesh),
-        sample=sample if cfg.samples else None,
+        source=feed.source,
+        loss=feeds.objective(cfg),
+        heldout=feed.heldout,
+        heldout_bytes=feed.heldout_bytes,
+        initial=initial,
+        frozen=frozen,
+        sample=feed.sample,
+        score=feed.score,
         meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
     state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
     done = runs.Run(folder, name, settings, model, tok, state.params, cfg.steps)
     if jax.process_index() == 0:
-        summarise(done, heldout.bytes_text())
+        summarise(done, feed)
     return done
 
 
 def initial_params(
-    cfg: schema.Stage, settings: dict[str, Any], folder: pathlib.Path, before: str, mesh: Mesh
-) -> Callable[[], Params] | None:
-    """A function that loads the parameters a stage starts from, sharded over the mesh; None where it starts afresh."""
-    if not cfg.init_from and not before:
-        return None
+    origin: pathlib.Path, settings: dict[str, Any], model: schema.Model, mesh: Mesh
+) -> Callable[[], Params]:
+    """A function that loads the parameters a stage starts from, sharded over the mesh. A scalar head that the origin
+    has and this model has not is left out; one that only this model has is drawn afresh (step.make_init)."""
 
     def load() -> Params:
-        origin = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before
         stored = runs.read_json(origin / "config.json")
         compare_models(stored["model"], settings["model"], f"init_from {origin}", "stages.NAME.model")
         if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
@@ -226,8 +291,11 @@ def initial_params(
                 f"init_from {origin}: it was trained with another tokenizer, so its tokens mean other text. Take its "
                 f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={origin.parent / 'tokenizer'}"
             )
-        shardings = mesh_lib.shardings(transformer.axes(runs.stored_model(settings)), mesh)
-        return checkpoint.load_params(origin / "checkpoints", shardings=shardings)
+        theirs = runs.stored_model(stored)
+        params = checkpoint.load_params(
+            origin / "checkpoints", shardings=mesh_lib.shardings(transformer.axes(theirs), mesh)
+        )
+        return {k: v for k, v in params.items() if k != "scalar" or model.scalar_head}
 
     return load
 
@@ -240,34 +308,58 @@ def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
     return not checkpoint.verify(here / "checkpoints", steps[-1])  # a damaged last step is done again
 
 
-def summarise(done: runs.Run, heldout_text: bytes) -> None:
+def summarise(done: runs.Run, feed: feeds.Feed) -> None:
     """Writes summary.json and report.html, and prints what the stage reached."""
-    scored = [m for m in done.metrics if "heldout_loss" in m]
+    scored = [m for m in done.metrics if any(key.startswith("heldout_") for key in m)]
     entry: dict[str, Any] = {"steps": done.step, "parameters": transformer.count(done.model)["total"]}
     for score in ("heldout_loss", "heldout_bits_per_byte"):
-        if scored:
+        if scored and score in scored[0]:
             entry[score] = {"before": scored[0][score], "after": scored[-1][score]}
-    if scored and heldout_text:
-        entry["compressors"] = heldout_lib.compressors(heldout_text)
+    text = feed.heldout_text()
+    if "heldout_bits_per_byte" in entry and text:
+        entry["compressors"] = heldout_lib.compressors(text)
         bits = entry["heldout_bits_per_byte"]
         rows = {"before training": bits["before"], **entry["compressors"], "after training": bits["after"]}
-        log.say(f"held-out text ({len(heldout_text):,} bytes), bits per byte:")
+        log.say(f"held-out text ({len(text):,} bytes), bits per byte:")
         for what, value in rows.items():
             log.say(f"    {what:<16} {value:6.3f}")
+    if scored and (found := feeds.scores(feed, scored[0], scored[-1])):
+        entry["tasks"] = found
+        for task, s in found.items():
+            log.say(f"held out, {task}: {said(s['before'])} before, {said(s['after'])} after")
     runs.write_json(done.folder / "summary.json", {**runs.read_summary(done.folder), done.stage: entry})
     from lmtrain import report  # which reads runs, so it imports this
 
     page = report.write(done.folder)
     log.say(f"curves and samples: {page}" if page else "no report.html: pip install -e '.[report]' draws one")
     samples = done.folder / done.stage / "samples.jsonl"
-    if samples.exists():
-        texts = log.read_jsonl(samples)
+    if samples.exists() and (texts := log.read_jsonl(samples)):
         log.say("a sample:")
         first = next(t["text"] for t in texts if t["step"] == texts[-1]["step"])
         log.say("\n".join(f"    | {line}" for line in first.splitlines()))
 
 
+def said(s: dict[str, Any]) -> str:
+    """A score in words: "61.2 % (55.0 to 67.1, 256 rows)"."""
+    chance = f", {s['chance']:.0%} by chance" if "chance" in s else ""
+    return f"{s['score']:.1%} ({s['ci95'][0]:.1%} to {s['ci95'][1]:.1%}, {s['rows']} rows{chance})"
+
+
 # ------------------------------------------------------------------------------------------- going on
+
+
+#: Fields of a model that say how it is computed and trained, not what it is.
+COMPUTED = {
+    "attention",
+    "remat",
+    "unroll",
+    "loss_chunk",
+    "dtype",
+    "router_balance",
+    "router_z",
+    "zero_init",
+    "init_scale",
+}
 
 
 def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
@@ -290,9 +382,8 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
 
 def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, field: str) -> None:
     """Raises with both values and the fix where two models differ in a shape; how they are computed may differ."""
-    free = {"attention", "remat", "unroll", "loss_chunk", "dtype", "router_balance", "router_z"}
     for key in stored.keys() | asked.keys():
-        if key not in free and stored.get(key) != asked.get(key):
+        if key not in COMPUTED | {"scalar_head"} and stored.get(key) != asked.get(key):
             raise LmtrainError(
                 f"{where}: the checkpoint has {key}={stored.get(key)}, the configuration {asked.get(key)}. "
                 f"Start another --workdir, or --config.{field}.{key}={stored.get(key)}."

@@ -224,17 +224,21 @@ class Progress:
             self._bar = None
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows a step. Of the metrics it uses loss, heldout_loss, tokens_per_second and mfu, where they are there."""
-        if metrics.get("heldout_loss") is not None:
-            self._heldout = f"held out {metrics['heldout_loss']:.3f}"
+        """Shows a step. Of the metrics it uses loss (or reward), heldout_loss (heldout_accuracy, heldout_score),
+        tokens_per_second and mfu, where they are there."""
+        evaluated = next((n for n in ("heldout_score", "heldout_accuracy", "heldout_loss") if n in metrics), None)
+        if evaluated is not None:
+            shown = f"{metrics[evaluated]:.3f}" if evaluated == "heldout_loss" else f"{metrics[evaluated]:.1%}"
+            self._heldout = f"held out {shown}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, says=self._says(step, metrics))
-        elif step % self.every == 0 or step == self.total or "heldout_loss" in metrics:
+        elif step % self.every == 0 or step == self.total or evaluated:
             say(f"{self.name} {step}/{self.total}  {self._says(step, metrics)}")
             self._heldout = ""  # a line of its own; the bar keeps the last one in sight
 
     def _says(self, step: int, metrics: Mapping[str, Any]) -> str:
-        said = [f"loss {metrics['loss']:.3f}" if metrics.get("loss") is not None else "", self._heldout]
+        learned = next((n for n in ("reward", "loss") if metrics.get(n) is not None), None)
+        said = [f"{learned} {metrics[learned]:.3f}" if learned else "", self._heldout]
         if metrics.get("tokens_per_second"):
             said.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         if metrics.get("mfu"):
@@ -256,7 +260,6 @@ class Meter:
     """Tokens per second and MFU over the last steps. Compilation (before the first step ends) and pauses do not count.
 
     Args:
-      tokens_per_step: of one update, all devices together.
       flops_per_token: of training, by the model's formula (`transformer.flops_per_token`).
       peak: FLOP/s of one device; None: MFU is not known.
       devices: how many work together; None: all.
@@ -265,24 +268,23 @@ class Meter:
 
     def __init__(
         self,
-        tokens_per_step: int,
         flops_per_token: float,
         peak: float | None,
         devices: int | None = None,
         window: int = 32,
     ):
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.flops_per_token = flops_per_token
         self.peak = peak * (jax.device_count() if devices is None else devices) if peak else None
-        self._ends: collections.deque[float] = collections.deque(maxlen=window + 1)
+        self._ends: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
         self._paused = 0.0
 
     def restart(self) -> None:
         """Forgets the steps so far."""
         self._ends.clear()
 
-    def step(self) -> None:
-        """Notes that a step has ended."""
-        self._ends.append(time.monotonic() - self._paused)
+    def step(self, tokens: int) -> None:
+        """Notes that a step of so many tokens (all devices together) has ended."""
+        self._ends.append((time.monotonic() - self._paused, tokens))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -295,9 +297,9 @@ class Meter:
 
     def rates(self) -> tuple[float | None, float | None]:
         """(tokens/s, MFU), each None while it is not known. MFU: model FLOP/s over the peak of all devices."""
-        if len(self._ends) < 2 or self._ends[-1] == self._ends[0]:
+        if len(self._ends) < 2 or self._ends[-1][0] == self._ends[0][0]:
             return None, None
-        speed = (len(self._ends) - 1) * self.tokens_per_step / (self._ends[-1] - self._ends[0])
+        speed = sum(tokens for _, tokens in list(self._ends)[1:]) / (self._ends[-1][0] - self._ends[0][0])
         return speed, speed * self.flops_per_token / self.peak if self.peak else None
 
 

@@ -67,20 +67,27 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 def curve(metrics: list[dict[str, Any]]) -> str:
-    """The loss of every logged step and the held-out loss, against tokens seen, as SVG."""
+    """What a stage learned, against tokens seen, as SVG: the loss (or the reward) of every logged step, and the same held
+    out (a task's score, the accuracy on pairs)."""
     from matplotlib.figure import Figure
 
     if not metrics:
         raise LmtrainError("no metrics to draw: metrics.jsonl is empty.")
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([m["tokens"] for m in metrics], [m["loss"] for m in metrics], lw=0.8, color="#9db4c8", label="training")
-    scored = [m for m in metrics if "heldout_loss" in m]
+    learned, held, says = next(
+        (names for names in CURVES if any(names[0] in m for m in metrics) and any(names[1] in m for m in metrics)),
+        CURVES[-1],
+    )
+    found = [m for m in metrics if m.get(learned) is not None]
+    label = "training" if learned != held else "held out"
+    axes.plot([m["tokens"] for m in found], [m[learned] for m in found], lw=0.8, color="#9db4c8", label=label)
+    scored = [m for m in metrics if held in m]
     if scored:
-        x, y = [m["tokens"] for m in scored], [m["heldout_loss"] for m in scored]
+        x, y = [m["tokens"] for m in scored], [m[held] for m in scored]
         axes.plot(x, y, "o-", ms=4, lw=1.6, color="#1f5f8b", label="held out")
         axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right")
-    axes.set(xlabel="tokens seen", ylabel="loss (nats a token)")
+    axes.set(xlabel="tokens seen", ylabel=says)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -90,17 +97,33 @@ def curve(metrics: list[dict[str, Any]]) -> str:
     return svg[svg.index("<svg") :]
 
 
+#: Of a stage's metrics: what is drawn while it trains, the same held out, and what the axis says. The first that is there.
+CURVES = (
+    ("reward", "heldout_score", "reward of a conversation"),
+    ("accuracy", "heldout_accuracy", "pairs told apart"),
+    ("loss", "heldout_loss", "loss (nats a token)"),
+)
+
+
 def _table(entry: dict[str, Any]) -> str:
     rows = []
     for name, value in entry.items():
-        if isinstance(value, dict) and value.keys() == {"before", "after"}:
+        if name == "tasks":
+            for task, scores in value.items():
+                told = [_score(scores[when]) for when in ("before", "after") if scores.get(when)]
+                rows.append((f"{task}, held out", " → ".join(told)))
+        elif isinstance(value, dict) and value.keys() == {"before", "after"}:
             rows.append((name.replace("_", " "), f"{value['before']:.4f} → <b>{value['after']:.4f}</b>"))
         elif isinstance(value, dict):
             rows += [(k, f"{v:.4f}") for k, v in value.items()]
         else:
             rows.append((name, f"{value:,}"))
-    cells = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows)
+    cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{v}</td></tr>" for k, v in rows)
     return f"<table>{cells}</table>"
+
+
+def _score(s: dict[str, Any]) -> str:
+    return f"<b>{s['score']:.1%}</b> ({s['ci95'][0]:.1%} to {s['ci95'][1]:.1%}, {s['rows']} rows)"
 
 
 def _samples(here: pathlib.Path) -> str:

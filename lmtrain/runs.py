@@ -21,10 +21,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lmtrain import checkpoint, engine, log, schema
+from lmtrain import mesh as mesh_lib
+from lmtrain.data import chat
 from lmtrain.data import tokenizer as tokenizer_lib
-from lmtrain.types import LmtrainError, Params
+from lmtrain.models import transformer
+from lmtrain.types import Frozen, LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
 
@@ -45,6 +49,12 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return log.read_metrics(self.folder / self.stage)
+
+    @functools.cached_property
+    def template(self) -> chat.Template:
+        """How the stage wrote conversations; lmtrain's own template where it wrote none."""
+        settings = self.config["stages"].get(self.stage, {})
+        return chat.Template(self.tokenizer, settings.get("data", {}).get("template", ""))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -86,6 +96,14 @@ def load(folder: str | os.PathLike[str]) -> Run:
         params=checkpoint.load_params(stage_folder / "checkpoints", step),
         step=step,
     )
+
+
+def frozen(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> Frozen:
+    """A run's last parameters and its forward pass, to be read and never trained; sharded over a mesh where given."""
+    here = find_stage(pathlib.Path(folder))
+    model = stored_model(read_json(here / "config.json"))
+    shardings = mesh_lib.shardings(transformer.axes(model), mesh) if mesh is not None else None
+    return Frozen(checkpoint.load_params(here / "checkpoints", shardings=shardings), transformer.Forward(model, mesh))
 
 
 def find_stage(path: pathlib.Path) -> pathlib.Path:

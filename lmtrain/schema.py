@@ -78,6 +78,7 @@ class Model:
     router_norm: bool = True  # the chosen experts' weights sum to 1
     router_balance: float = 0.01  # weight of the load-balancing loss
     router_z: float = 0.001  # weight of the router's z-loss
+    scalar_head: bool = False  # one number for each position beside the logits: rewards, values
     zero_init: bool = True  # matrices that write to the residual stream, and an untied output, start at zero
     init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding, else 0.02
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
@@ -89,9 +90,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where documents come from and how they become rows."""
+    """Where documents (or conversations, or pairs of them) come from and how they become rows."""
 
-    source: str = "stdlib"  # stdlib | text | jsonl | parquet | arrayrecord | hf | "package.module:function"
+    # Also "task": a task's own demonstrations, for chat (path: its name).
+    source: str = "stdlib"  # stdlib | text | jsonl | json | parquet | arrayrecord | hf | "package.module:function"
     path: str = ""  # file, folder or glob (source hf: a name or a folder). stdlib: "docs", "source" or "" for both
     field: str = "text"  # of a row, where the source has rows
     document: str = "auto"  # text: file | paragraph (blank lines between) | line; auto: file
@@ -106,6 +108,13 @@ class Data:
     limit: int = 0  # read at most so many documents; 0: all
     workers: int = 0  # threads that read ahead; 0: two
     cache: str = ""  # folder for tokenised shards; "": data/ of the run
+    template: str = ""  # chat: a Hugging Face Jinja template (a file); "": lmtrain's own
+    columns: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # chat: what a row's fields are called: {"prompt": "question"}
+    truncate: str = "right"  # chat rows longer than row_length: right | left (cut there) | drop | refuse
+    malformed: str = "skip"  # chat rows that cannot be used: skip (named and counted) | refuse
+    pack: bool = True  # chat: several conversations in a row, without attention between them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +149,35 @@ class Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Reinforcement learning's source: prompts of tasks, answered by the current parameters, scored, made into rows.
+
+    A rollout is stage.batch_size * minibatches replies; it is learned from `epochs` times, in `minibatches` updates.
+    """
+
+    tasks: tuple[str, ...] = ()  # names in tasks/, "addition(digits=2)", or "package.module:Class(...)"
+    group: int = 8  # replies to each prompt
+    minibatches: int = 1  # updates that one pass over a rollout makes
+    epochs: int = 1  # passes over a rollout
+    max_tokens: int = 0  # of one reply; 0: the task's own limit
+    turns: int = 8  # replies of the policy in one conversation, at most
+    temperature: float = 1.0
+    rewards: tuple[str, ...] = ("score",)  # a mean of "WEIGHT*NAME": score (the task's), one of tasks/rewards.py, model(RUN), ...
+    user: str = ""  # a run's folder: that frozen model plays the user of a chat; "": the task's script
+    demonstrations: float = 0.0  # share of conversations taken from the task's solutions (distillation's 1 - lambda)
+    advantage: str = "auto"  # group | group_mean | leave_one_out | gae; auto: what the objective takes
+    dynamic: int = 0  # rounds of new prompts in place of groups whose replies all score alike (DAPO)
+    overlong: int = 0  # the last so many tokens below the limit cost up to 1 (DAPO's soft punishment)
+    truncated: str = "mask"  # a reply cut by the limit: mask (not learned from) | penalise (reward 0) | keep
+    kl_reward: float = 0.0  # weight of the k1 estimate of the divergence from the reference, taken off the reward
+    reference: str = "start"  # the frozen reference: start (what the stage starts from) | none | a run's folder
+    gamma: float = 1.0  # gae
+    lam: float = 0.95  # gae
+    slots: int = 64  # conversations generated at once
+    control: str = "none"  # none | shuffle | zero | flip: rewards that must not help, to test a claim of learning
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One training stage."""
 
@@ -154,9 +192,14 @@ class Stage:
     init_from: str = ""  # "": the stage before, or fresh; else a run's folder or that of one of its stages
     objective: str = "pretrain"  # a name in objectives/ or "package.module:function"
     loss: Any = None  # the objective's own settings: the dataclass that its fourth argument is annotated with
+    source: str = (
+        "auto"  # documents | chat | pairs | labels | rollout | "package.module:function"; auto: the objective's
+    )
+    teacher: str = ""  # a run's folder: the frozen model that distillation learns from
     model: Model = Model()
     data: Data = Data()
     optim: Optim = Optim()
+    rollout: Rollout = Rollout()
     samples: int = 4  # texts generated at each evaluation
     sample_tokens: int = 128
     sample_temperature: float = 0.7
@@ -166,13 +209,26 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A stage that scores the result of every training stage before it on the same held-out rows of tasks."""
+
+    tasks: tuple[str, ...] = ()
+    rows: int = 256  # of each task
+    samples: int = 16  # replies to each row: pass@1 is their mean, pass@k that one of k is right
+    temperature: float = 1.0
+    max_tokens: int = 0  # of one reply; 0: the task's own limit
+    stages: tuple[str, ...] = ()  # which stages; (): all that train
+    slots: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """What `lmtrain run` runs."""
 
     seed: int = 0
     mesh: Mesh = Mesh()
     tensorboard: bool = True
-    stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage, in order
+    stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order
 
 
 class ConfigError(LmtrainError):

@@ -2,11 +2,16 @@
 
 An objective returns sums (`loss_sum`, `weight_sum`, metrics as (sum, weight) pairs); the division by the weight of the
 whole batch happens here and nowhere else. So 8 microbatches on one device and one on 8 devices make the same update,
-whatever the share of loss tokens in each.
+whatever the share of loss tokens in each. A metric whose name ends in _max is the largest, not a sum (`add`).
+
+An objective that needs a mean over the whole batch before its loss has an attribute `first`, of the same arguments,
+that returns {name: (sum, weight)}: evaluated over all microbatches, without a gradient. The loss finds the quotients
+in its batch, as scalars of those names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +23,7 @@ from lmtrain import mesh as meshes
 from lmtrain import schema
 from lmtrain.types import Batch, Params, TrainState
 
-#: loss(forward, params, batch, cfg) -> (loss_sum, weight_sum, {name: (sum, weight)}), float32 scalars.
+#: loss(forward, params, batch, cfg) -> (loss_sum, weight_sum, {name: (sum, weight)}), scalars.
 Loss = Callable[[Any, Params, Batch, Any], tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -35,7 +40,7 @@ def make_init(
 
     Returns:
       (start, abstract). start(key, params=None) is the state before the first update, every array born on the devices
-      that keep it (no host or device ever holds the whole); params are drawn with the key unless given. abstract is its
+      that keep it (no host or device ever holds the whole); what params lack is drawn with the key. abstract is its
       tree of ShapeDtypeStructs with shardings, as `checkpoint` restores it.
 
     Raises:
@@ -44,7 +49,8 @@ def make_init(
 
     def begin(key, params=None):
         key, draw = jax.random.split(key)
-        params = init(draw) if params is None else jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        given = {} if params is None else jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        params = {**init(draw), **given}  # what is missing (a scalar head on a language model) is drawn
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
 
     shapes = jax.eval_shape(begin, jax.random.key(0))
@@ -105,8 +111,8 @@ def make_update(
 
     def gradients(params, batch):
         def total(params):
-            loss_sum, weight_sum, metrics = loss(forward, params, batch, cfg)
-            return loss_sum, _float32({"loss": (loss_sum, weight_sum), **metrics})
+            sums = _sums(loss, forward, params, batch, cfg)
+            return sums["loss"][0], sums
 
         grads, sums = jax.grad(total, has_aux=True)(params)
         # Pinned, so that under fsdp gradients are scattered as they are summed, never gathered whole.
@@ -114,20 +120,14 @@ def make_update(
 
     def update(state, batch):
         micro = microbatches(batch, accumulate, mesh)
-        if accumulate == 1:
-            grads, sums = gradients(state.params, {name: x[0] if _has_rows(name) else x for name, x in micro.items()})
-        else:
-            fixed = {name: x for name, x in micro.items() if not _has_rows(name)}
-            rows = {name: x for name, x in micro.items() if _has_rows(name)}
-            zeros = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(lambda r: gradients(state.params, {**fixed, **jax.tree.map(lambda x: x[0], r)}), rows),
+        rows = {name: x for name, x in micro.items() if _has_rows(name)}
+        fixed = {name: x for name, x in micro.items() if not _has_rows(name)}
+        if hasattr(loss, "first"):
+            _, ahead = _over(
+                lambda row: ({}, _first(loss, forward, state.params, {**fixed, **row}, cfg)), rows, accumulate
             )
-
-            def add(total, row):
-                return jax.tree.map(jnp.add, total, gradients(state.params, {**fixed, **row})), None
-
-            (grads, sums), _ = jax.lax.scan(add, zeros, rows)
+            fixed |= means(ahead)
+        grads, sums = _over(lambda row: gradients(state.params, {**fixed, **row}), rows, accumulate)
 
         weight = sums["loss"][1]
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), grads)
@@ -136,7 +136,7 @@ def make_update(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(weight == 0, old, new), (params, opt_state), (state.params, state.opt_state)
         )
-        metrics = {name: total / jnp.where(w == 0, 1.0, w) for name, (total, w) in sums.items()}
+        metrics = means(sums)
         metrics["weight"] = weight
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["update_ratio"] = optax.global_norm(updates) / optax.global_norm(state.params)
@@ -147,7 +147,7 @@ def make_update(
 
 
 def microbatches(batch: Batch, accumulate: int, mesh: jax.sharding.Mesh) -> Batch:
-    """Arrays B... -> A, B/A, ...; those without rows stay as they are.
+    """Arrays B... -> A, B/A, ...; entries without rows (a frozen model, say) stay as they are.
 
     Raises:
       ConfigError: where the rows do not divide by accumulate times the ways the mesh splits them.
@@ -168,8 +168,53 @@ def microbatches(batch: Batch, accumulate: int, mesh: jax.sharding.Mesh) -> Batc
     return out
 
 
+def add(a: Sums, b: Sums) -> Sums:
+    """The sums of two parts of a batch. Of a name that ends in _max the larger; a part of weight 0 has no say in it."""
+
+    def join(name):
+        (x, v), (y, w) = a[name], b[name]
+        if name.endswith("_max"):
+            return jnp.maximum(jnp.where(v == 0, -jnp.inf, x), jnp.where(w == 0, -jnp.inf, y)), v + w
+        return x + y, v + w
+
+    return {name: join(name) for name in a}
+
+
+def means(sums: Sums) -> dict[str, jax.Array]:
+    """What the sums amount to, once the whole batch is in them; 0 where nothing counted."""
+    return {
+        name: jnp.where(w == 0, 0.0, x) if name.endswith("_max") else x / jnp.where(w == 0, 1.0, w)
+        for name, (x, w) in sums.items()
+    }
+
+
+def _over(f: Callable[[Batch], tuple[Any, Sums]], rows: Batch, accumulate: int) -> tuple[Any, Sums]:
+    """f of every microbatch (a tree to be summed, and Sums), added up."""
+    if accumulate == 1:
+        return f(jax.tree.map(lambda x: x[0], rows))
+    one = jax.eval_shape(lambda rows: f(jax.tree.map(lambda x: x[0], rows)), rows)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+
+    def more(total, row):
+        tree, sums = f(row)
+        return (jax.tree.map(jnp.add, total[0], tree), add(total[1], sums)), None
+
+    return jax.lax.scan(more, zeros, rows)[0]
+
+
+def _sums(loss: Loss, forward: Any, params: Params, batch: Batch, cfg: Any) -> Sums:
+    loss_sum, weight_sum, metrics = loss(forward, params, batch, cfg)
+    return _float32({"loss": (loss_sum, weight_sum), **metrics})
+
+
+def _first(loss: Any, forward: Any, params: Params, batch: Batch, cfg: Any) -> Sums:
+    return _float32(loss.first(forward, params, batch, cfg))
+
+
 def _has_rows(name: str) -> bool:
-    return name.rsplit("_", 1)[-1].startswith("B")
+    """Whether a batch's entry is an array of rows: its name ends in a shape that begins with B. Others are one for all
+    microbatches: scalars, a frozen model."""
+    return re.search("_B[A-Z]*$", name) is not None
 
 
 def _float32(tree: Any) -> Any:
@@ -180,10 +225,14 @@ def _float32(tree: Any) -> Any:
 def make_evaluate(
     loss: Loss, forward: Any, mesh: jax.sharding.Mesh, cfg: Any = None
 ) -> Callable[[Params, Batch], Sums]:
-    """The jitted evaluate(params, batch) -> {name: (sum, weight)}, `loss` included. Add over batches, then divide."""
+    """The jitted evaluate(params, batch) -> {name: (sum, weight)}, `loss` included.
+
+    `add` over batches, then `means`. What an objective works out `first` is of the one batch here.
+    """
 
     def evaluate(params, batch):
-        loss_sum, weight_sum, metrics = loss(forward, params, batch, cfg)
-        return _float32({"loss": (loss_sum, weight_sum), **metrics})
+        if hasattr(loss, "first"):
+            batch = {**batch, **means(_first(loss, forward, params, batch, cfg))}
+        return _sums(loss, forward, params, batch, cfg)
 
     return jax.jit(evaluate, out_shardings=meshes.replicated(mesh))

@@ -21,7 +21,7 @@ from lmtrain import checkpoint, log, optim, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
-from lmtrain.types import Batch, LmtrainError, Params, TrainState
+from lmtrain.types import Batch, Frozen, LmtrainError, Params, TrainState
 
 
 class Source(Protocol):
@@ -31,6 +31,7 @@ class Source(Protocol):
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
     def skip(self, n: int) -> None: ...
+    # and, where it has some: report() -> dict[str, float], numbers of the batch given last for metrics.jsonl
 
 
 class Stopped(LmtrainError):
@@ -48,7 +49,9 @@ class Parts:
     heldout: Sequence[Batch] = ()
     heldout_bytes: int = 0
     initial: Callable[[], Params] | None = None  # parameters to start from; None: fresh ones
+    frozen: dict[str, Frozen] = dataclasses.field(default_factory=dict)  # models that the objective reads, by name
     sample: Callable[[Params], list[str]] | None = None  # texts for samples.jsonl
+    score: Callable[[Params], tuple[dict[str, float], list[str]]] | None = None  # tasks: numbers, and texts to keep
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in every checkpoint: configuration, tokenizer
 
 
@@ -66,6 +69,11 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
       LmtrainError: a loss that stays non-finite, a damaged run, a full disk.
     """
     cfg, source = parts.cfg, parts.source
+    report: Callable[[], dict[str, float]] = getattr(source, "report", dict)
+
+    def on_devices(batch: Batch) -> Batch:
+        return {**mesh_lib.put(batch, mesh), **parts.frozen}
+
     # ---------------------------------------------------------------- build
     forward = transformer.Forward(parts.model, mesh)
     axes = transformer.axes(parts.model)
@@ -73,26 +81,29 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     start, abstract = step.make_init(lambda key: transformer.init(parts.model, key), tx, axes, mesh)
     update = step.make_update(parts.loss, forward, tx, schedule, abstract, mesh, cfg.loss, cfg.accumulate)
     evaluate = step.make_evaluate(parts.loss, forward, mesh, cfg.loss)
-    heldout = [mesh_lib.put(b, mesh) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best)
+    heldout = [on_devices(b) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
+    best = "heldout_loss" if heldout else "-heldout_score"
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best)
     writer = log.Writer(folder, tensorboard=tensorboard)
 
     # ---------------------------------------------------------------- restore
     first_position = source.state()
     losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
-    rollbacks = 0
+    rollbacks = seen = 0  # seen: positions learned from so far
 
     def restore() -> tuple[TrainState, int]:
-        nonlocal rollbacks
+        nonlocal rollbacks, seen
         found = checkpoints.restore_newest(abstract)
         losses.clear()
         if found is None:
             source.restore(first_position)
+            seen = 0
             return start(jax.random.key(seed), parts.initial() if parts.initial else None), 0
         state, meta, at = found
         source.restore(meta["source"])
         losses.extend(meta["loop"]["losses"])
         rollbacks = max(rollbacks, meta["loop"]["rollbacks"])
+        seen = meta["loop"]["tokens"]
         return state, at
 
     def forget(after: int) -> None:
@@ -107,61 +118,63 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         log.say(f"{folder}: going on from step {at} of {cfg.steps}")
 
     # ---------------------------------------------------------------- what the loop says and keeps
-    per_step = cfg.batch_size * cfg.data.row_length
     flops = transformer.flops_per_token(parts.model, cfg.data.row_length)
     peak = log.peak_flops()
     # A CPU's peak is in no table, so it is measured; its devices, where there are several, share the same cores.
-    meter = log.Meter(per_step, flops, peak or log.matmul_ceiling(), devices=None if peak else jax.process_count())
+    meter = log.Meter(flops, peak or log.matmul_ceiling(), devices=None if peak else jax.process_count())
 
-    def row(now: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    def row(now: int, tokens: int, metrics: dict[str, Any]) -> dict[str, Any]:
         speed, mfu = meter.rates()
-        return {"step": now, "tokens": now * per_step, **metrics, "tokens_per_second": speed, "mfu": mfu}
+        return {"step": now, "tokens": tokens, **metrics, "tokens_per_second": speed, "mfu": mfu}
 
     def evaluation(now: int, params: Params) -> dict[str, float]:
         with meter.paused():
-            if parts.sample is not None:
-                texts = parts.sample(params)  # every process takes part
-                if jax.process_index() == 0:
-                    log.append_jsonl(folder / SAMPLES, [{"step": now, "text": text} for text in texts])
-            return heldout_lib.score(evaluate, params, heldout, parts.heldout_bytes) if heldout else {}
+            scores, texts = parts.score(params) if parts.score is not None else ({}, [])
+            texts = [*texts, *(parts.sample(params) if parts.sample is not None else ())]  # every process takes part
+            if jax.process_index() == 0:
+                log.append_jsonl(folder / SAMPLES, [{"step": now, "text": text} for text in texts])
+            return scores | (heldout_lib.score(evaluate, params, heldout, parts.heldout_bytes) if heldout else {})
 
     # ---------------------------------------------------------------- step 0: where it starts from
     scores: dict[str, float] = {}
+    upcoming: Batch | None = None  # a batch drawn already
     if at == 0:
-        batches = microbatches(source.next(state.params), cfg.accumulate)
-        parts_of_it = [evaluate(state.params, mesh_lib.put(b, mesh))["loss"] for b in batches]
-        first = [sum(float(x[i]) for x in parts_of_it) for i in (0, 1)]
-        source.restore(first_position)
+        upcoming = source.next(state.params)
+        sums = [evaluate(state.params, on_devices(b))["loss"] for b in microbatches(upcoming, cfg.accumulate)]
+        total, weight = (sum(float(x[i]) for x in sums) for i in (0, 1))
         scores = evaluation(0, state.params)
-        writer.write(0, {**row(0, {"loss": first[0] / first[1]}), **scores})
+        writer.write(0, {**row(0, 0, {"loss": total / weight if weight else 0.0}), **scores})
 
     # ---------------------------------------------------------------- steps
-    pending: collections.deque[tuple[int, Any]] = collections.deque()  # metrics still on the device
+    pending: collections.deque[tuple[int, int, Any, dict[str, float]]] = collections.deque()  # still on the device
     with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop:
         progress.show(at, scores)
         meter.restart()
+        counted = seen
         while at < cfg.steps:
-            batch = mesh_lib.put(source.next(state.params), mesh)
+            batch = on_devices(source.next(state.params) if upcoming is None else upcoming)
+            upcoming, told = None, report()
             state, metrics = update(state, batch)  # dispatched, not awaited
-            at += 1
-            pending.append((at, metrics))
+            at, seen = at + 1, seen + batch["tokens_BT"].size
+            pending.append((at, seen, metrics, told))
             evaluating = at == cfg.steps or due(at, cfg.eval_every)
             stopping = stop.agreed(at, cfg.log_every)
             saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stopping)
             # -------------------------------------------------------- log the step before, while this one runs
             wrong = ""
             while pending and not wrong and (len(pending) > 1 or evaluating or saving):
-                done, on_device = pending.popleft()
-                numbers = {k: float(v) for k, v in jax.device_get(on_device).items()}
-                meter.step()
+                done, tokens, on_device, told = pending.popleft()
+                numbers = {k: float(v) for k, v in jax.device_get(on_device).items()} | told
+                meter.step(tokens - counted)
+                counted = tokens
                 wrong = unsound(numbers, losses, cfg.spike)
                 if not wrong:
                     losses.append(numbers["loss"])
                     if evaluating and done == at:
                         continue  # its line waits for the evaluation
                     if due(done, cfg.log_every):
-                        writer.write(done, row(done, numbers))
-                    progress.show(done, row(done, numbers))
+                        writer.write(done, row(done, tokens, numbers))
+                    progress.show(done, row(done, tokens, numbers))
             # -------------------------------------------------------- roll back, past the batches that did it
             if wrong:
                 rollbacks += 1
@@ -175,6 +188,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                         "max_rollbacks allows more."
                     )
                 state, at = restore()
+                upcoming, counted = None, seen
                 skipped += done - at
                 source.skip(skipped)
                 pending.clear()
@@ -188,11 +202,11 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
             scores = {}
             if evaluating:
                 scores = evaluation(at, state.params)
-                writer.write(at, {**row(at, numbers), **scores})
-                progress.show(at, {**row(at, numbers), **scores})
+                writer.write(at, {**row(at, seen, numbers), **scores})
+                progress.show(at, {**row(at, seen, numbers), **scores})
             # -------------------------------------------------------- save
             if saving:
-                loop = {"losses": list(losses), "rollbacks": rollbacks}
+                loop = {"losses": list(losses), "rollbacks": rollbacks, "tokens": seen}
                 with meter.paused():
                     checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores)
                 skipped = 0

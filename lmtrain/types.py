@@ -53,6 +53,19 @@ class TrainState:
     key: jax.Array
 
 
+@flax.struct.dataclass
+class Frozen:
+    """A model that an objective reads and never trains (a teacher), passed in the batch: `batch["teacher"]`.
+
+    Attributes:
+      params: its parameters.
+      forward: its transformer.Forward.
+    """
+
+    params: Params
+    forward: Any = flax.struct.field(pytree_node=False)
+
+
 class LmtrainError(Exception):
     """An error of the user's making: the command prints its message alone, without a traceback, and exits with 2.
 

@@ -6,12 +6,13 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"types", "schema", "flags", "config", "mesh", "log"}
+BASE = {"types", "schema", "flags", "limits", "config", "mesh", "log"}
 ROOMS = {
     "types": set(),
     "schema": {"types"},
     "flags": {"types", "schema"},
-    "config": {"types", "schema", "flags"},
+    "limits": {"types", "schema", "flags"},
+    "config": {"types", "schema", "flags", "limits"},
     "mesh": {"types", "schema"},
     "log": {"types", "schema", "mesh"},
     "data": BASE,
@@ -22,13 +23,17 @@ ROOMS = {
     "manifest": {"types", "log"},
     "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest"},
     "engine": BASE | {"models"},
-    "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
+    "sandbox": {"types"},
+    "tasks": BASE | {"data", "sandbox"},
+    "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
+    # An evaluation plays the conversations that training plays.
+    "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
     "train": BASE
     | {"data", "models", "objectives", "optim", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
 }
-ANYTHING = {"experiment", "runs", "cli", "report", "bench", "plan", "serve", "__init__"}
-# Read when they are called, so that a configuration can name a preset or an objective by its name.
-LAZY = {("config", "models.presets")}
+ANYTHING = {"experiment", "feeds", "scoring", "runs", "terminal", "cli", "report", "bench", "plan", "serve", "__init__"}
+# Read when they are called, so that a configuration can name a preset, and data a task whose demonstrations it is.
+LAZY = {("config", "models.presets"), ("data", "tasks")}
 
 
 def imports(file):

@@ -171,31 +171,41 @@ def test_time_left_reads_as_a_clock():
 def test_rates_count_steps_but_neither_compilation_nor_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    meter = log.Meter(tokens_per_step=100, flops_per_token=6.0, peak=10.0, devices=2)
+    meter = log.Meter(flops_per_token=6.0, peak=10.0, devices=2)
     meter.restart()
     assert meter.rates() == (None, None)
     now[0] = 50.0  # compilation, with the first step
-    meter.step()
+    meter.step(100)
     assert meter.rates() == (None, None)
     for _ in range(3):
         now[0] += 2.0
-        meter.step()
+        meter.step(100)
     assert meter.rates() == (pytest.approx(50.0), pytest.approx(50.0 * 6 / 20))
     with meter.paused():
         now[0] += 1000.0
     now[0] += 2.0
-    meter.step()
+    meter.step(100)
     assert meter.rates()[0] == pytest.approx(50.0)
 
 
 def test_rates_are_of_the_last_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    meter = log.Meter(100, 6.0, None, devices=1, window=4)
+    meter = log.Meter(6.0, None, devices=1, window=4)
     for seconds in [10.0] * 10 + [1.0] * 4:
         now[0] += seconds
-        meter.step()
+        meter.step(100)
     assert meter.rates() == (pytest.approx(100.0), None)
+
+
+def test_rates_count_the_tokens_that_each_step_had(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    meter = log.Meter(6.0, None, devices=1)
+    for tokens in (1000, 30, 10, 20):  # the first step's are not in the time that is measured
+        now[0] += 2.0
+        meter.step(tokens)
+    assert meter.rates() == (pytest.approx(10.0), None)
 
 
 @pytest.mark.parametrize(

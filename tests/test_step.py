@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lmtrain import mesh, optim, schema, step
+from lmtrain import mesh, optim, schema, step, types
 from lmtrain.schema import ConfigError
 
 AXES = {"in": ("embed", "mlp"), "out": ("mlp", "embed"), "norm": ("norm",)}
@@ -120,6 +120,109 @@ def test_gradients_accumulate_in_float32():
     x = np.array([256] + [0.5] * 7, np.float32)
     _, metrics = update(start(jax.random.key(0)), mesh.put({"x_B": x}, m))
     assert float(metrics["grad_norm"]) == pytest.approx(259.5 / 8, rel=1e-6)
+
+
+# ------------------------------------------------------------------------ largest of a batch, two passes, frozen models
+SPLITS = [{"devices": 1}, {"devices": 1, "accumulate": 4}, {"devices": 8, "accumulate": 2, "fsdp": 2, "tensor": 2}]
+
+
+def with_largest(forward, params, batch, cfg):
+    """`loss`, and the largest negative number of the rows that count: neither a sum nor a 0 to start from would do."""
+    total, weight, metrics = loss(forward, params, batch, cfg)
+    counts_B = batch["weights_B"] > 0
+    x_B = jnp.where(counts_B, -1 - jnp.abs(batch["y_BT"]).sum(-1), -jnp.inf)
+    return total, weight, metrics | {"y_max": (x_B.max(), counts_B.sum())}
+
+
+@pytest.mark.parametrize("kwargs", SPLITS, ids=str)
+def test_a_metric_that_ends_in_max_is_the_largest_of_the_whole_batch(kwargs):
+    m, start, _, update = build(loss=with_largest, **kwargs)
+    b = batch()
+    b["weights_B"][1::4] = 0  # microbatch 1 of 4 weighs nothing
+    _, metrics = update(start(jax.random.key(0)), mesh.put(b, m))
+    expected = -1 - np.abs(b["y_BT"]).sum(-1)
+    assert float(metrics["y_max"]) == pytest.approx(expected[b["weights_B"] > 0].max())
+
+
+def test_sums_are_added_and_the_largest_kept():
+    a = {"x": (1.0, 2.0), "r_max": (-3.0, 2.0)}
+    b = {"x": (5.0, 1.0), "r_max": (-9.0, 1.0)}
+    nothing = {"x": (0.0, 0.0), "r_max": (7.0, 0.0)}
+    total = step.add(step.add(nothing, a), step.add(b, nothing))
+    means = step.means(total)
+    assert {k: float(v) for k, v in means.items()} == {"x": 2.0, "r_max": -3.0}
+    assert {k: float(v) for k, v in step.means(step.add(nothing, nothing)).items()} == {"x": 0.0, "r_max": 0.0}
+
+
+def centred(forward, params, batch, cfg):
+    """Squared distance of a linear score from its mean over the whole batch, which takes no gradient."""
+    score_B = batch["x_BT"] @ params["norm"]
+    w_B = batch["weights_B"]
+    return (
+        ((score_B - batch["centre"]) ** 2 * w_B).sum(),
+        w_B.sum(),
+        {"centre": (batch["centre"] * w_B.sum(), w_B.sum())},
+    )
+
+
+def _mean_score(forward, params, batch, cfg):
+    w_B = batch["weights_B"]
+    return {"centre": ((batch["x_BT"] @ params["norm"] * w_B).sum(), w_B.sum())}
+
+
+centred.first = _mean_score
+
+
+@pytest.mark.parametrize("kwargs", SPLITS, ids=str)
+def test_what_comes_first_is_of_the_whole_batch(kwargs):
+    m, start, _, update = build(loss=centred, **kwargs)
+    state, b = start(jax.random.key(0)), batch()
+    w, x, norm = (np.asarray(v, np.float64) for v in (b["weights_B"], b["x_BT"], state.params["norm"]))
+    centre = (x @ norm * w).sum() / w.sum()
+    grad = 2 * ((x @ norm - centre) * w) @ x / w.sum()
+    _, metrics = update(state, mesh.put(b, m))
+    assert float(metrics["centre"]) == pytest.approx(centre, rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(((x @ norm - centre) ** 2 * w).sum() / w.sum(), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(grad), rel=1e-5)
+
+
+def test_evaluation_does_what_comes_first_too():
+    m, start, _, _ = build(loss=centred)
+    params, b = start(jax.random.key(0)).params, batch()
+    total, weight = step.make_evaluate(centred, None, m)(params, mesh.put(b, m))["loss"]
+    score, w = b["x_BT"] @ np.asarray(params["norm"]), b["weights_B"]
+    assert float(total / weight) == pytest.approx(
+        np.average((score - np.average(score, weights=w)) ** 2, weights=w), rel=1e-5
+    )
+
+
+class Scale:
+    """Stands for a frozen model's forward: hashable, and no array."""
+
+    def __call__(self, params, x_BT):
+        return x_BT * params["by"]
+
+
+def taught(forward, params, batch, cfg):
+    teacher = batch["teacher"]
+    error_B = ((batch["x_BT"] * params["norm"] - teacher.forward(teacher.params, batch["x_BT"])) ** 2).sum(-1)
+    return error_B.sum(), jnp.float32(len(error_B)), {}
+
+
+@pytest.mark.parametrize("kwargs", SPLITS, ids=str)
+def test_a_frozen_model_is_passed_on_whole(kwargs):
+    m, start, _, update = build(loss=taught, **kwargs)
+    b = {"x_BT": batch()["x_BT"]}
+    state = start(jax.random.key(0))
+    norm = np.asarray(state.params["norm"])
+    teacher = types.Frozen(params={"by": jnp.arange(8.0)}, forward=Scale())
+    batch_and_teacher = {**mesh.put(b, m), "teacher": teacher}
+    expected = ((b["x_BT"] * (norm - np.arange(8))) ** 2).sum(-1).mean()
+    total, weight = step.make_evaluate(taught, None, m)(state.params, batch_and_teacher)["loss"]
+    assert float(total / weight) == pytest.approx(expected, rel=1e-5)
+    _, metrics = update(state, batch_and_teacher)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert step.microbatches(batch_and_teacher, 1, m)["teacher"] is teacher
 
 
 # -------------------------------------------------------------------------------------------------------------- state

@@ -59,3 +59,35 @@ def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batc
         "segments_BT": segments_BT,
         "positions_BT": positions_BT,
     }
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Which items of these lengths share a row of `capacity`: the longest first, each where it leaves the least room.
+
+    The rows are a function of the lengths alone, so whoever has the items has the rows, and their numbers.
+
+    Args:
+      lengths: int[n], each at most `capacity`.
+
+    Returns:
+      The items of every row, by number.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room they have left
+    rooms = 0  # bit r is set where a row has room r left: the next larger one is found without a search
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[item])
+        fits = rooms >> length
+        if fits:
+            room = length + (fits & -fits).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        if left := room - length:
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    return rows

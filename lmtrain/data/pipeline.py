@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -20,6 +21,33 @@ from lmtrain.data.store import Shards, Stream
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import Batch, LmtrainError, Params
+
+
+class Table(Protocol):
+    """A fixed table of rows: what batches are made of.
+
+    Attributes:
+      names: of the members of a mixture; [""] where there is none.
+      weights: the members' shares of a mixture.
+      rows: how many rows each member has.
+      tokens: how many tokens a pass over all of them reads.
+      identity: what makes another table, by name: an iterator's state is good for an equal one only.
+    """
+
+    names: list[str]
+    weights: list[float]
+    rows: list[int]
+    tokens: int
+    identity: dict[str, Any]
+
+    def batch(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
+        """One row for each (member, row); None gives padding. NumPy [len(picks), T]."""
+
+    def targets(self, member: int, row: int) -> np.ndarray:
+        """int32[n]: the targets of a row that count in the loss."""
+
+    def summary(self) -> str:
+        """One line: what there is, and how it is split."""
 
 
 def build(
@@ -41,43 +69,46 @@ def build(
       ConfigError, LmtrainError: settings, files or sizes that cannot be, each in one message.
     """
     prepared = shards.prepare(data, tokenizer, folder, progress)
-    pipeline = Pipeline(prepared, data, tokenizer, batch_size, seed, *share)
-    return pipeline, Heldout(prepared, data, tokenizer, batch_size, *share)
+    train, heldout = (Documents(prepared, data, tokenizer, side) for side in ("train", "heldout"))
+    pipeline = Pipeline(train, batch_size, seed, data.workers, *share)
+    return pipeline, Heldout(heldout, data.heldout_rows, batch_size, tokenizer, *share)
 
 
 class Pipeline:
-    """Training batches: contract 4 (Source). `process_index` and `process_count` are for tests; else JAX's."""
+    """Training batches: contract 4 (Source). `process_index` and `process_count` are for tests; else JAX's.
+
+    Attributes:
+      table: the rows it gives.
+      rows, tokens: how many rows a pass over all of them has, and how many tokens it reads.
+    """
 
     def __init__(
         self,
-        prepared: Shards,
-        data: Data,
-        tokenizer: Tokenizer,
+        table: Table,
         batch_size: int,
         seed: int,
+        workers: int = 0,
         process_index: int | None = None,
         process_count: int | None = None,
     ) -> None:
-        self.shards = prepared
+        self.table = table
+        self.shards = getattr(table, "shards", None)  # of a corpus of documents
+        self.rows, self.tokens = sum(table.rows), table.tokens
         self.batch_size = batch_size
         self._p, self._rows = _share(batch_size, process_index, process_count)
-        self._threads = data.workers or 2
+        self._threads = workers or 2
         self._next_index = 0
         self._batches: Iterator[Batch] | None = None
-        self._table = _Table([m.train for m in prepared.members], data.row_length, tokenizer)
-        empty = [m.name for m in prepared.members if not len(m.train)]
-        if empty:
-            raise LmtrainError(
-                f"data{f'.mixture.{empty[0]}' * bool(empty[0])}: every document is held out, none is left to train on;"
-                f" lower data.heldout_fraction={data.heldout_fraction} or give more text"
-            )
-        weights = [m.weight for m in prepared.members]
         orders = []
-        for member, rows in enumerate(self._table.rows):
+        for member, rows in enumerate(table.rows):
             order = grain.MapDataset.range(rows).shuffle(seed=_seed(seed, member)).repeat()  # shuffled anew every epoch
             orders.append(order.map(lambda row, member=member: (member, row)))
-        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-        self._identity = {"corpus": prepared.identity, "row_length": data.row_length, "seed": seed, "weights": weights}
+        self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, table.weights)
+        self._identity = {**table.identity, "seed": seed, "weights": table.weights}
+
+    def summary(self) -> str:
+        """One line: what there is to train on, and what is held out."""
+        return self.table.summary()
 
     def next(self, params: Params | None = None) -> Batch:
         """This process's rows of the next global batch, NumPy [B / P, T]. `params` is for sources that roll out."""
@@ -90,7 +121,11 @@ class Pipeline:
     @property
     def epochs(self) -> float:
         """How often the rows given out so far cover the corpus (a mixture's: that of all its members together)."""
-        return self._next_index / sum(self._table.rows)
+        return self._next_index / self.rows
+
+    def report(self) -> dict[str, float]:
+        """Numbers of the batch given last, for metrics.jsonl: none."""
+        return {}
 
     def state(self) -> dict:
         """What `restore` needs: `next_index`, the rows given out over all processes, and what they were rows of."""
@@ -125,7 +160,7 @@ class Pipeline:
         self._next_index = index
 
     def _open(self) -> grain.IterDataset:
-        batches = _Batches(self._order, self._table, self._next_index, self.batch_size, self._p, self._rows)
+        batches = _Batches(self._order, self.table, self._next_index, self.batch_size, self._p, self._rows)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
         return grain.MapDataset.source(batches).to_iter_dataset(options)
 
@@ -135,7 +170,7 @@ class _Batches:
     """Batch i of process p, by number: what Grain's threads read ahead from."""
 
     order: grain.MapDataset
-    table: _Table
+    table: Table
     start: int
     batch_size: int
     p: int
@@ -149,69 +184,92 @@ class _Batches:
         return self.table.batch([self.order[k] for k in range(first, first + self.rows)])
 
 
-class _Table:
-    """All rows of some streams, by (stream, row)."""
+class Documents:
+    """All rows of one side ("train" or "heldout") of a tokenised corpus: a Table."""
 
-    def __init__(self, streams: list[Stream], row_length: int, tokenizer: Tokenizer) -> None:
-        self.streams = streams
-        self.row_length = row_length
+    def __init__(self, prepared: Shards, data: Data, tokenizer: Tokenizer, side: str = "train") -> None:
+        self.shards = prepared
+        self.streams: list[Stream] = [getattr(member, side) for member in prepared.members]
+        self.names = [member.name for member in prepared.members]
+        self.weights = [member.weight for member in prepared.members]
+        self.row_length = data.row_length
         self.end, self.pad = tokenizer.end, tokenizer.pad
-        self.rows = [pack.count(len(stream), row_length) for stream in streams]
+        self.rows = [pack.count(len(stream), data.row_length) for stream in self.streams]
+        self.tokens = sum(map(len, self.streams))
+        self.identity = {"corpus": prepared.identity, "row_length": data.row_length}
+        empty = [name for name, rows in zip(self.names, self.rows, strict=True) if not rows]
+        if side == "train" and empty:
+            raise LmtrainError(
+                f"data{f'.mixture.{empty[0]}' * bool(empty[0])}: every document is held out, none is left to train on;"
+                f" lower data.heldout_fraction={data.heldout_fraction} or give more text"
+            )
+        if side == "heldout" and self.tokens < data.row_length:
+            raise LmtrainError(
+                f"data.heldout_fraction={data.heldout_fraction} (data.heldout={data.heldout}) holds out {self.tokens}"
+                f" tokens, fewer than one row of data.row_length={data.row_length}: raise the fraction, shorten the"
+                " rows, or give more text"
+            )
 
-    def batch(self, picks: list[tuple[int, int] | None]) -> Batch:
+    def batch(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
         """One row for each pick; None gives padding."""
         empty = np.empty(0, np.int32)
-        windows = [
-            empty if pick is None else pack.window(self.streams[pick[0]], int(pick[1]), self.row_length, self.end)
-            for pick in picks
-        ]
+        windows = [empty if pick is None else self._window(*pick) for pick in picks]
         return pack.pack(windows, self.row_length, self.end, self.pad)
+
+    def targets(self, member: int, row: int) -> np.ndarray:
+        """Every target of a row counts."""
+        return self._window(member, row)[1:]
+
+    def summary(self) -> str:
+        """One line: what there is, and how it is split."""
+        return self.shards.summary()
+
+    def _window(self, member: int, row: int) -> np.ndarray:
+        return pack.window(self.streams[member], int(row), self.row_length, self.end)
 
 
 class Heldout:
-    """The held-out rows that are scored: `data.heldout_rows`, evenly spread over all (0: every one), always the same.
+    """The held-out rows that are scored: `limit` of them, evenly spread over all (0: every one), always the same.
 
     Attributes:
+      table: all held-out rows.
       rows: how many rows are scored.
-      tokens: how many targets they ask for, each document's <|endoftext|> included.
-      bytes: how many bytes of text those targets stand for (<|endoftext|> for none): bits per byte is the
+      tokens: how many targets they ask for, each document's <|endoftext|> (a turn's <|end|>) included.
+      bytes: how many bytes of text those targets stand for (special tokens for none): bits per byte is the
         summed loss of the targets in nats / ln 2 / bytes.
     """
 
     def __init__(
         self,
-        prepared: Shards,
-        data: Data,
-        tokenizer: Tokenizer,
+        table: Table,
+        limit: int,
         batch_size: int,
+        tokenizer: Tokenizer,
         process_index: int | None = None,
         process_count: int | None = None,
     ) -> None:
+        self.table = table
         self.batch_size = batch_size
         self._p, self._share = _share(batch_size, process_index, process_count)
         self._tokenizer = tokenizer
-        self._table = _Table([m.heldout for m in prepared.members], data.row_length, tokenizer)
-        available = sum(map(len, self._table.streams))
-        if available < data.row_length:
-            raise LmtrainError(
-                f"data.heldout_fraction={data.heldout_fraction} (data.heldout={data.heldout}) holds out {available}"
-                f" tokens, fewer than one row of data.row_length={data.row_length}: raise the fraction, shorten the"
-                " rows, or give more text"
-            )
-        picks = [(member, row) for member, rows in enumerate(self._table.rows) for row in range(rows)]
-        self.rows = min(data.heldout_rows or len(picks), len(picks))
+        picks = [(member, row) for member, rows in enumerate(table.rows) for row in range(rows)]
+        self.rows = min(limit or len(picks), len(picks))
         self._picks = [picks[i * len(picks) // self.rows] for i in range(self.rows)]
         self.tokens = self.bytes = 0
         for targets in self._targets():
             self.tokens += len(targets)
             self.bytes += int(tokenizer.byte_lengths[targets].sum())
 
+    def summary(self) -> str:
+        """One line: how much is scored."""
+        return f"{self.rows:,} held-out rows ({self.tokens:,} targets, {self.bytes:,} bytes) are scored"
+
     def batches(self) -> Iterator[Batch]:
         """This process's rows of every batch, NumPy [B / P, T]; the last is filled up with padding (weights 0)."""
         for first in range(0, self.rows, self.batch_size):
             picks: list = self._picks[first : first + self.batch_size]
             picks += [None] * (self.batch_size - len(picks))
-            yield self._table.batch(picks[self._p * self._share : (self._p + 1) * self._share])
+            yield self.table.batch(picks[self._p * self._share : (self._p + 1) * self._share])
 
     def bytes_text(self) -> bytes:
         """The text that the scored targets stand for, to measure gzip or xz on."""
@@ -219,7 +277,7 @@ class Heldout:
 
     def _targets(self) -> Iterator[np.ndarray]:
         for member, row in self._picks:
-            yield pack.window(self._table.streams[member], row, self._table.row_length, self._table.end)[1:]
+            yield self.table.targets(member, row)
 
 
 def _share(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:

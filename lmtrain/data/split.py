@@ -29,7 +29,10 @@ KINDS = ("auto", "hash", "tail")
 #: What decides the documents of a member; the rest of Data may change without tokenising again.
 DECISIVE = ("source", "path", "field", "document", "subset", "hf_split", "limit")
 # What members of a mixture share; set beside `mixture`.
-_SHARED = ("row_length", "heldout", "heldout_fraction", "heldout_rows", "workers", "cache")
+_SHARED = (
+    "row_length", "heldout", "heldout_fraction", "heldout_rows", "workers", "cache",
+    "template", "truncate", "malformed", "pack",
+)  # fmt: skip
 
 
 def members(data: Data) -> dict[str, Data]:
@@ -51,7 +54,7 @@ def members(data: Data) -> dict[str, Data]:
     if not data.mixture:
         return {"": data}
     default = Data()
-    for name in (*DECISIVE, "weight"):
+    for name in (*DECISIVE, "columns", "weight"):
         if getattr(data, name) != getattr(default, name):
             raise ConfigError(f"data.{name}: members of a mixture have their own; set data.mixture.NAME.{name} instead")
     for key, member in data.mixture.items():
@@ -83,6 +86,11 @@ def digest(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
+def held_out(key: bytes, fraction: float) -> bool:
+    """Whether what has this key is held out, by the key's hash alone."""
+    return int.from_bytes(digest(key)[:8], "big") < fraction * 2**64
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The rule for one member: by hash below `fraction`; with kind "tail", all text from byte `cut` of the corpus."""
@@ -98,7 +106,7 @@ class Split:
             here = min(max(self.cut - offset, 0), len(text))
             return [(part, held) for part, held in ((text[:here], False), (text[here:], True)) if part]
         key = text if document.key is None else as_bytes(document.key)
-        return [(text, int.from_bytes(digest(key)[:8], "big") < self.fraction * 2**64)]
+        return [(text, held_out(key, self.fraction))]
 
 
 def plan(data: Data, documents: Iterable[Document], seen: set[bytes]) -> Split:

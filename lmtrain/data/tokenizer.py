@@ -67,6 +67,8 @@ class Tokenizer:
         self._spec = json.loads(backend.to_str())
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._special_ids = {t["content"]: t["id"] for t in self._spec["added_tokens"] if t["special"]}
+        #: special tokens that swallow the blanks beside them: name -> (before it, after it)
+        self.strips = {t["content"]: (t["lstrip"], t["rstrip"]) for t in self._spec["added_tokens"] if t["special"]}
         self._pieces = _piece_bytes(self._spec, self.vocab_size, set(self._special_ids.values()))
         single = {piece: i for i, piece in reversed(list(enumerate(self._pieces))) if len(piece) == 1}
         missing = [b for b in range(256) if bytes([b]) not in single]
@@ -87,6 +89,11 @@ class Tokenizer:
         added = [[token["id"], token["content"], token["special"]] for token in self._spec["added_tokens"]]
         spec = [model, added, self._spec["normalizer"], self._spec["pre_tokenizer"]]
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """Names of the special tokens, and their ids."""
+        return self._special_ids
 
     def special(self, name: str) -> int:
         """The id of a special token, "<|end|>". "<|endoftext|>" also finds what other vocabularies call theirs.

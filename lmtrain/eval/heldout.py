@@ -22,17 +22,22 @@ def score(
       total_bytes: UTF-8 bytes that the scored targets stand for.
 
     Returns:
-      heldout_loss: nats a token. heldout_bits_per_byte: comparable across tokenizers.
+      heldout_loss: nats a token where the objective reports `nll` (others add terms to it), else the objective's loss.
+      heldout_bits_per_byte, with `nll`: comparable across tokenizers. heldout_NAME: every other metric's mean.
     """
-    nats = tokens = 0.0
+    totals: dict[str, list[float]] = {}
     for batch in batches:
-        sums = evaluate(params, batch)
-        total, weight = sums.get("nll", sums["loss"])  # objectives that add other terms report nll apart
-        nats, tokens = nats + float(total), tokens + float(weight)
-    return {
-        "heldout_loss": nats / tokens,
-        "heldout_bits_per_byte": nats / math.log(2) / total_bytes,
-    }
+        for name, (total, weight) in evaluate(params, batch).items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0], sums[1] = sums[0] + float(total), sums[1] + float(weight)
+    nats, tokens = totals.get("nll", totals["loss"])
+    out = {"heldout_loss": nats / tokens if tokens else math.nan}
+    if "nll" in totals and total_bytes:
+        out["heldout_bits_per_byte"] = nats / math.log(2) / total_bytes
+    for name, (total, weight) in totals.items():
+        if name not in ("loss", "nll") and not name.endswith("_max"):
+            out[f"heldout_{name}"] = total / weight if weight else math.nan
+    return out
 
 
 def compressors(text: bytes) -> dict[str, float]:

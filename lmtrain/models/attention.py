@@ -55,14 +55,12 @@ def choose(backend: str, platform: str, *, length: int = 128, head_dim: int = 64
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
-           index_BT: jax.Array | None = None, window: int = 0, softcap: float = 0.0, scale: float = 0.0,
-           backend: str = "auto", mesh: jax.sharding.Mesh | None = None) -> jax.Array:  # fmt: skip
+           window: int = 0, softcap: float = 0.0, scale: float = 0.0, backend: str = "auto",
+           mesh: jax.sharding.Mesh | None = None) -> jax.Array:  # fmt: skip
     """Attention output [B, T, N, H] in q's dtype.
 
     Args:
       segments_BT: int32 document of every position; None: a row is one document.
-      index_BT: int32 position of each query among the keys, where they are not the same positions (a cache of earlier
-        keys); the whole mask is then s <= index and the window. Only reference and xla take it.
       window: keys a query sees, its own included; 0: all.
       softcap: scores become softcap * tanh(score / softcap); 0: left alone.
       scale: of the scores; 0: H ** -0.5.
@@ -73,28 +71,26 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_
     """
     B, T, N, H = q_BTNH.shape
     where = platform(mesh)
-    if index_BT is not None:
-        backend = "reference" if backend == "reference" else "xla"
     backend = choose(backend, where, length=T, head_dim=H, softcap=softcap, dtype=q_BTNH.dtype, mesh=mesh)
     scale = scale or H**-0.5
     if backend == "reference":
-        mask_BTS = visible(T, k_BSKH.shape[1], segments_BT, index_BT, window)
+        mask_BTS = visible(T, segments_BT, window)
         return reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap, scale)
     if backend == "xla":
-        return xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window, softcap, scale, mesh)
+        return xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
     if backend == "splash":
         return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
     return cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
 
 
-def visible(T: int, S: int, segments_BT: jax.Array | None, index_BT: jax.Array | None, window: int) -> jax.Array:
+def visible(T: int, segments_BT: jax.Array | None, window: int) -> jax.Array:
     """The mask [B or 1, T, S]: True where a query sees a key."""
-    t_BT1 = (jnp.arange(T)[None] if index_BT is None else index_BT)[:, :, None]
-    s_S = jnp.arange(S)
+    s_S = jnp.arange(T)
+    t_BT1 = s_S[None, :, None]
     mask_BTS = s_S <= t_BT1
     if window:
         mask_BTS &= s_S > t_BT1 - window
-    if segments_BT is not None and index_BT is None:
+    if segments_BT is not None:
         mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
     return mask_BTS
 
@@ -116,17 +112,17 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap: float, scale: float) ->
     return jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS, v_BSNH, precision="highest").astype(q_BTNH.dtype)
 
 
-def xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
+def xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
     """Attention in plain XLA, in blocks of queries: a block looks only at keys that some query of it may see.
 
     So a causal row costs about half of its square, and a window only its band. Scores and softmax in float32.
     """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
+    K = k_BSKH.shape[2]
     # One layout for both products, with the G queries of a key head side by side: batched matrix products.
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    mask_BTS = visible(T, S, segments_BT, index_BT, window)
+    mask_BTS = visible(T, segments_BT, window)
 
     def block(q_BKGtH, k_BKsH, v_BKsH, mask_Bts):
         score = jnp.einsum("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH, preferred_element_type=jnp.float32)
@@ -135,15 +131,14 @@ def xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, index_BT, window: int, softcap: flo
         weight = jax.nn.softmax(jnp.where(mask_Bts[:, None, None], score, HIDDEN), axis=-1).astype(v_BKsH.dtype)
         return jnp.einsum("BKGts,BKsH->BKGtH", weight, v_BKsH)
 
-    size = _query_block(T, index_BT is not None or (mesh is not None and mesh.shape["context"] > 1))
+    size = _query_block(T, mesh is not None and mesh.shape["context"] > 1)
     if T // size > 16:
         block = jax.checkpoint(block)  # long rows: never keep all T x S weights for the backward pass
     out = []
     for start in range(0, T, size):
         end = min(start + size, T)
         first = max(0, start - window + 1) if window and size < T else 0
-        last = end if size < T else S
-        keys = slice(first, last)
+        keys = slice(first, end)
         out.append(block(q_BKGTH[:, :, :, start:end], k_BKSH[:, :, keys], v_BKSH[:, :, keys],
                          mask_BTS[:, start:end, keys]))  # fmt: skip
     out_BKGTH = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
@@ -238,6 +233,52 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scal
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)(*args)
 
 
+# ----------------------------------------------------------------------------------------------------------- decoding
+def recall(q_B1NH, k_B1KH, v_B1KH, cache, index_B1, *, window: int, softcap: float, scale: float):
+    """Attention of one new position a row over all that the row holds. Returns (output [B, 1, N, H], the new part).
+
+    Keys and values lie in two parts. The old one, [B, K, S, H], is read only. The new one, [B, K, R, H], holds the
+    positions that steps since have added, at the same place for every row: a slice is written, where places of their
+    own would take a loop over the rows (a scatter), and the old part would be carried through every step.
+
+    Args:
+      cache: {"k", "v": the old part, whose place s is position s; "new_k", "new_v": the new part; "at": int32, the
+        place of this call in it, so that its place r is position index - at + r}.
+      index_B1: the position of each query.
+    """
+    B, _, N, H = q_B1NH.shape
+    K, at = k_B1KH.shape[2], cache["at"]
+
+    def add(new_BKRH, x_B1KH):
+        return jax.lax.dynamic_update_slice_in_dim(new_BKRH, x_B1KH.transpose(0, 2, 1, 3).astype(new_BKRH.dtype), at, 2)
+
+    new_k_BKRH, new_v_BKRH = add(cache["new_k"], k_B1KH), add(cache["new_v"], v_B1KH)
+    q_BKGH = (q_B1NH * (scale or H**-0.5)).reshape(B, K, N // K, H)
+    index_B111 = index_B1[:, :, None, None]
+    s_S, r_R = jnp.arange(cache["k"].shape[2]), jnp.arange(new_k_BKRH.shape[2])
+    old, new = s_S < index_B111 - at, r_R <= at
+    if window:
+        old, new = old & (s_S > index_B111 - window), new & (r_R > at - window)
+
+    def score(k_BKSH, mask_B11S):
+        score_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+        if softcap:
+            score_BKGS = softcap * jnp.tanh(score_BKGS / softcap)
+        return jnp.where(mask_B11S, score_BKGS, HIDDEN)
+
+    old_BKGS, new_BKGR = score(cache["k"], old), score(new_k_BKRH, new)
+    top_BKG1 = jnp.maximum(old_BKGS.max(-1, keepdims=True), new_BKGR.max(-1, keepdims=True))
+    total_BKG1, out_BKGH = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    for score_BKGS, v_BKSH in ((old_BKGS, cache["v"]), (new_BKGR, new_v_BKRH)):
+        weight_BKGS = jnp.exp(score_BKGS - top_BKG1)
+        total_BKG1 += weight_BKGS.sum(-1, keepdims=True)
+        out_BKGH += jnp.einsum(
+            "BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
+        )
+    out_B1NH = (out_BKGH / total_BKG1).reshape(B, 1, N, H).astype(q_B1NH.dtype)
+    return out_B1NH, {"k": new_k_BKRH, "v": new_v_BKRH}
+
+
 # ---------------------------------------------------------------------------------------------------------- the layer
 class Attention(nnx.Module):
     """Projections, QK-norm, rotary positions, attention, output projection. `window` 0: a global layer."""
@@ -259,11 +300,13 @@ class Attention(nnx.Module):
         self.k_norm = Norm(cfg, H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
 
     def __call__(self, x_BTD, tables, segments_BT, mesh, cache=None, index_BT=None):
-        """Returns (output [B, T, D], the cache with this call's keys and values written, or None).
+        """Returns (output [B, T, D], what a cache shall keep of this call, or None).
 
         Args:
           tables: cosines and sines for this kind of layer.
-          cache: {"k": [B, S, K, H], "v": [B, S, K, H]}; keys and values of the call go to positions index_BT of it.
+          cache: None: nothing is kept. {}: the rows are whole prompts, whose keys and values are kept, {"k", "v"} of
+            [B, K, T, H]. Else T is 1, and the call looks back on it: see `recall`.
+          index_BT: the position of each query; read by `recall` alone.
         """
         cfg = self.cfg
         q = _heads(x_BTD, self.q, self.q_bias, mesh)
@@ -274,17 +317,16 @@ class Attention(nnx.Module):
         q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
         kv_axes = ("batch", "kv_length", "act_kv_heads", "head_dim")
         k_BTKH, v_BTKH = constrain(rope(k, tables), kv_axes, mesh), constrain(v_BTKH, kv_axes, mesh)
-        if cache is not None:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = {"k": cache["k"].at[rows, index_BT].set(k_BTKH.astype(cache["k"].dtype), mode="drop"),
-                     "v": cache["v"].at[rows, index_BT].set(v_BTKH.astype(cache["v"].dtype), mode="drop")}  # fmt: skip
-            k_BTKH, v_BTKH = cache["k"], cache["v"]
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, index_BT=index_BT, window=self.window,
-                          softcap=cfg.attn_softcap, scale=cfg.attn_scale, backend=cfg.attention, mesh=mesh)  # fmt: skip
+        how = dict(window=self.window, softcap=cfg.attn_softcap, scale=cfg.attn_scale)
+        if cache:
+            out_BTNH, kept = recall(q_BTNH, k_BTKH, v_BTKH, cache, index_BT, **how)
+        else:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, backend=cfg.attention, mesh=mesh, **how)
+            kept = None if cache is None else {"k": k_BTKH.transpose(0, 2, 1, 3), "v": v_BTKH.transpose(0, 2, 1, 3)}
         out_BTNH = constrain(out_BTNH, ("batch", "length", "act_heads", "head_dim"), mesh)
         o_ED = self.o[...].astype(x_BTD.dtype).reshape(-1, cfg.width)  # E: all heads, end to end
         y_BTD = product(out_BTNH.reshape(*x_BTD.shape[:2], -1), o_ED, mesh)
-        return (y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(x_BTD.dtype)), cache
+        return (y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(x_BTD.dtype)), kept
 
 
 def _heads(x_BTD, weight, bias, mesh) -> jax.Array:

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain, is_axes
+from lmtrain.mesh import constrain, is_axes
+from lmtrain.models import head
 from lmtrain.models import params as p
 from lmtrain.models.attention import Attention, platform
-from lmtrain.models.layers import MLP, Norm, product, rope_tables
+from lmtrain.models.head import Ends, TokenLosses
+from lmtrain.models.layers import MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
-from lmtrain.models.shapes import embedding_std, groups, resolve
+from lmtrain.models.shapes import groups, resolve
 from lmtrain.types import Batch, Params
 
 __all__ = ["Forward", "TokenLosses", "axes", "count", "flops_per_token", "init", "resolve", "shapes", "unstack"]
@@ -51,49 +52,6 @@ class Block(nnx.Module):
         y_BTD, aux = self.mlp(h_BTD, real_BT, mesh) if isinstance(self.mlp, MoE) else (self.mlp(h_BTD, mesh), 0.0)
         x_BTD = x_BTD + (y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD))
         return constrain(x_BTD, ("batch", "length", "act_embed"), mesh), aux, cache
-
-
-class Embed(nnx.Module):
-    """The table of token embeddings."""
-
-    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
-        shape = (cfg.vocab_size, cfg.width)
-        self.table = p.param(rngs, shape, ("vocab", "embed"), p.normal(embedding_std(cfg)))
-
-
-class Head(nnx.Module):
-    """The output matrix of an untied model."""
-
-    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
-        init = p.zeros if cfg.zero_init else p.normal(cfg.width**-0.5)
-        self.kernel = p.param(rngs, (cfg.width, cfg.vocab_size), ("embed", "vocab"), init)
-
-
-class Ends(nnx.Module):
-    """All that is not a layer: embedding, its norm, the last norm, the output matrix."""
-
-    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
-        norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
-        self.cfg = cfg
-        self.embed = Embed(cfg, rngs)
-        self.embed_norm = norm() if cfg.embed_norm else None
-        self.norm = norm()
-        self.head = None if cfg.tied else Head(cfg, rngs)
-
-    def encode(self, tokens_BT, dtype, mesh):
-        table_VD = constrain(self.embed.table[...], ("vocab", None), mesh)
-        x_BTD = table_VD[tokens_BT].astype(dtype)
-        if self.cfg.embed_scale:
-            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.cfg.width), dtype)
-        x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
-        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
-
-    def logits(self, hidden_BTD, mesh):
-        w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        y = product(hidden_BTD, w_DV.astype(hidden_BTD.dtype), mesh, jnp.float32)
-        if cap := self.cfg.logit_softcap:
-            y = cap * jnp.tanh(y / cap)
-        return constrain(y, ("batch", "length", "act_vocab"), mesh)
 
 
 @functools.cache
@@ -194,17 +152,6 @@ def _slices(stack: Any) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------ forward
-class TokenLosses(NamedTuple):
-    """What `Forward.losses` returns; float32.
-
-    nll_BT: -log p(target). lse_BT: logsumexp of the logits. aux: router losses, summed over real tokens.
-    """
-
-    nll_BT: jax.Array
-    lse_BT: jax.Array
-    aux: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """The forward pass of one configuration on one mesh: what objectives receive. Hashable, all methods pure.
@@ -240,15 +187,46 @@ class Forward:
         """Logits [B, T, V] in float32, soft cap applied."""
         return self._ends(params).logits(hidden_BTD, self.mesh)
 
-    def losses(self, params: Params, batch: Batch) -> TokenLosses:
-        """Cross entropy of every position, weights not applied. Logits exist for cfg.loss_chunk positions at a time."""
-        hidden_BTD, aux = self.hidden(params, batch)
-        nll_BT, lse_BT = self._cross_entropy(self._ends(params), hidden_BTD, batch["targets_BT"])
-        return TokenLosses(nll_BT, lse_BT, aux)
+    def scalar(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        """The scalar head's number for every position, float32 [B, T]; ConfigError without cfg.scalar_head."""
+        return self._ends(params).score(hidden_BTD)
 
-    def logps(self, params: Params, batch: Batch) -> jax.Array:
-        """log p(target) of every position, float32 [B, T]."""
-        return -self.losses(params, batch).nll_BT
+    def losses(
+        self, params: Params, batch: Batch, temperature: float = 1.0, entropy: bool = False, uniform: bool = False
+    ) -> TokenLosses:
+        """Cross entropy of every position, weights not applied. Logits exist for cfg.loss_chunk positions at a time.
+
+        Args:
+          temperature: logits (soft cap applied) are divided by it.
+          entropy, uniform: whether these are worked out too, in the same chunks.
+        """
+        hidden_BTD, aux = self.hidden(params, batch)
+
+        def part(logits_BCV, targets_BC):
+            logits_BCV = logits_BCV if temperature == 1 else logits_BCV / temperature
+            nll_BC, lse_BC = self.cross_entropy(logits_BCV, targets_BC)
+            entropy_BC = head.entropy(logits_BCV, lse_BC) if entropy else None
+            return nll_BC, lse_BC, entropy_BC, lse_BC - logits_BCV.mean(axis=-1) if uniform else None
+
+        nll_BT, lse_BT, entropy_BT, uniform_BT = self.map_logits(params, part, hidden_BTD, batch["targets_BT"])
+        return TokenLosses(nll_BT, lse_BT, aux, hidden_BTD, entropy_BT, uniform_BT)
+
+    def logps(self, params: Params, batch: Batch, temperature: float = 1.0) -> jax.Array:
+        """log p(target) of every position, float32 [B, T], logits divided by the temperature."""
+        return -self.losses(params, batch, temperature).nll_BT
+
+    def map_logits(self, params: Params, f: Callable[..., Any], hidden_BTD: jax.Array, *arrays: jax.Array) -> Any:
+        """f(logits [B, C, V], *arrays [B, C, ...]) -> a tree of [B, C], C = cfg.loss_chunk positions at a time.
+
+        Returns f's tree of arrays [B, T]. Positions must not depend on one another.
+        """
+        ends = self._ends(params)
+        chunk = head.chunk_size(self.cfg, self.mesh, *hidden_BTD.shape[:2])
+        return head.in_chunks(lambda h, *a: f(ends.logits(h, self.mesh), *a), chunk, self.mesh, hidden_BTD, *arrays)
+
+    def cross_entropy(self, logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(-log p(target), logsumexp of the logits), each [B, T]; the vocabulary may be split."""
+        return head.cross_entropy(logits_BTV, targets_BT, self.mesh)
 
     # ---------------------------------------------------------------------------------- shared with decode.py
     def run(self, params: Params, tokens_BT, positions_BT, segments_BT=None, cache=None):
@@ -330,48 +308,3 @@ class Forward:
         if self.cfg.unroll:
             return min(self.cfg.unroll, count)
         return count if count <= 12 and platform(self.mesh) == "cpu" else 1
-
-    # ------------------------------------------------------------------------------------------- cross entropy
-    def _cross_entropy(self, ends: Ends, hidden_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
-        B, T, D = hidden_BTD.shape
-        shards = 1 if self.mesh is None else self.mesh.shape["context"]
-        local, chunk = T // shards, self._chunk(B, T // shards)
-
-        def part(hidden, targets):
-            logits = ends.logits(hidden, self.mesh)
-            lse = jax.nn.logsumexp(logits, axis=-1)
-            if self.mesh is not None and self.mesh.shape["tensor"] > 1:
-                # A gather along the split vocabulary would first collect it; a masked sum stays where the logits are.
-                at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-                return lse - jnp.where(at, logits, 0).sum(axis=-1), lse
-            return lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], lse
-
-        if chunk >= local:
-            return part(hidden_BTD, targets_BT)
-
-        # Chunks are cut within each context shard, [B, T] -> [n, B, shards * chunk], so that none of it moves.
-        n = -(-local // chunk)
-
-        def cut(x):
-            x = x.reshape(B, shards, local, *x.shape[2:])
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, n * chunk - local)) + ((0, 0),) * (x.ndim - 3))
-            x = jnp.moveaxis(x.reshape(B, shards, n, chunk, *x.shape[3:]), 2, 0)
-            x = x.reshape(n, B, shards * chunk, *x.shape[4:])
-            return constrain(x, (None, "batch", "length") + (None,) * (x.ndim - 3), self.mesh)
-
-        def join(x):
-            x = jnp.moveaxis(x.reshape(n, B, shards, chunk), 0, 2).reshape(B, shards, n * chunk)
-            return constrain(x[:, :, :local].reshape(B, T), ("batch", "length"), self.mesh)
-
-        body = jax.checkpoint(lambda carry, xs: (carry, part(*xs)), prevent_cse=False)
-        _, (nll, lse) = jax.lax.scan(body, (), (cut(hidden_BTD), cut(targets_BT)))
-        return join(nll), join(lse)
-
-    def _chunk(self, rows: int, length: int) -> int:
-        """Positions of a row (of one context shard) whose logits exist at once, equal chunks as far as they go."""
-        rows_here, vocab_here = rows, self.cfg.vocab_size
-        if self.mesh is not None:
-            rows_here, vocab_here = -(-rows // batch_shards(self.mesh)), vocab_here // self.mesh.shape["tensor"]
-        positions = self.cfg.loss_chunk or (64 << 20) // (4 * vocab_here)
-        chunk = max(1, positions // rows_here)
-        return -(-length // -(-length // chunk))  # the same number of chunks, as even as they can be

@@ -77,3 +77,21 @@ def test_an_empty_window_is_a_row_of_padding(T):
     batch = pack.pack([np.empty(0, np.int32), np.array([END, 5], np.uint16)], T, END, PAD)
     assert not batch["segments_BT"][0].any() and not batch["weights_BT"][0].any()
     assert batch["weights_BT"][1].sum() == 1 and batch["tokens_BT"].shape == (2, T)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60))
+def test_best_fit_places_every_item_once_and_opens_a_row_only_where_none_has_room(lengths):
+    rows = pack.best_fit(np.array(lengths, np.int64), 40)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    filled = [sum(lengths[item] for item in row) for row in rows]
+    assert all(0 < total <= 40 for total in filled)
+    for i, row in enumerate(rows[1:], 1):  # what opened row i fitted into none before it
+        first = lengths[row[0]]
+        longer = [sum(lengths[item] for item in r if (-lengths[item], item) < (-first, row[0])) for r in rows[:i]]
+        assert all(total + first > 40 for total in longer)
+
+
+def test_best_fit_leaves_the_least_room():
+    assert pack.best_fit(np.array([6, 7, 3, 4, 10]), 10) == [[4], [1, 2], [0, 3]]
+    assert pack.best_fit(np.array([5, 7, 3]), 10) == [[1, 2], [0]], "3 fits both, and fills the second"
+    assert pack.best_fit(np.array([], np.int64), 10) == []

@@ -29,7 +29,14 @@ def corpus(tmp_path_factory):
 
 def processes(corpus, count, seed=0, batch_size=B):
     data, prepared = corpus
-    return [pipeline.Pipeline(prepared, data, TOK, batch_size, seed, p, count) for p in range(count)]
+    table = pipeline.Documents(prepared, data, TOK)
+    return [pipeline.Pipeline(table, batch_size, seed, 0, p, count) for p in range(count)]
+
+
+def held(corpus, index=None, count=None, **fields):
+    data, prepared = corpus
+    data = Data(**{**vars(data), **fields})
+    return pipeline.Heldout(pipeline.Documents(prepared, data, TOK, "heldout"), data.heldout_rows, B, TOK, index, count)
 
 
 def next_global(pipes):
@@ -134,8 +141,8 @@ def test_a_state_of_other_rows_is_refused(corpus, tmp_path):
     data, prepared = corpus
     (pipe,) = processes(corpus, 1)
     for other, message in (
-        (pipeline.Pipeline(prepared, data, TOK, B, 1), "seed is 1, this run's 0"),
-        (pipeline.Pipeline(prepared, Data(**{**vars(data), "row_length": 8}), TOK, B, 0), "row_length is 8"),
+        (processes(corpus, 1, seed=1)[0], "seed is 1, this run's 0"),
+        (processes((Data(**{**vars(data), "row_length": 8}), prepared), 1)[0], "row_length is 8"),
     ):
         with pytest.raises(LmtrainError, match=message):
             pipe.restore(other.state())
@@ -176,7 +183,7 @@ def test_a_mixture_honours_its_weights_and_restarts_what_is_exhausted(tmp_path):
 def test_heldout_batches_ask_for_every_held_out_token_once_and_know_their_bytes(corpus):
     data, prepared = corpus
     stream = prepared.members[0].heldout
-    heldout = pipeline.Heldout(prepared, data, TOK, B)
+    heldout = held(corpus)
     batches = list(heldout.batches())
     assert all(batch["tokens_BT"].shape == (B, T) for batch in batches)
     targets = np.concatenate([batch["targets_BT"][batch["weights_BT"] == 1] for batch in batches])
@@ -189,7 +196,7 @@ def test_heldout_batches_ask_for_every_held_out_token_once_and_know_their_bytes(
 
 def test_heldout_rows_are_a_fixed_spread_whose_bytes_are_counted(corpus):
     data, prepared = corpus
-    few = pipeline.Heldout(prepared, Data(**{**vars(data), "heldout_rows": 5}), TOK, B)
+    few = held(corpus, heldout_rows=5)
     (batch,) = few.batches()
     assert few.rows == 5 and batch["weights_BT"].any(axis=1).tolist() == [True] * 5 + [False] * 3
     assert few.tokens == batch["weights_BT"].sum()
@@ -208,9 +215,8 @@ def test_heldout_bytes_of_a_bpe_are_those_of_the_text(corpus, tmp_path):
 
 
 def test_heldout_shares_of_processes_make_up_the_batches(corpus):
-    data, prepared = corpus
-    whole = list(pipeline.Heldout(prepared, data, TOK, B).batches())
-    shares = [list(pipeline.Heldout(prepared, data, TOK, B, p, 4).batches()) for p in range(4)]
+    whole = list(held(corpus).batches())
+    shares = [list(held(corpus, p, 4).batches()) for p in range(4)]
     for i, batch in enumerate(whole):
         assert equal({n: np.concatenate([share[i][n] for share in shares]) for n in batch}, batch)
 
@@ -218,12 +224,12 @@ def test_heldout_shares_of_processes_make_up_the_batches(corpus):
 def test_too_little_text_names_the_setting(corpus, tmp_path):
     data, prepared = corpus
     with pytest.raises(LmtrainError, match=r"data\.heldout_fraction=0\.2 .* data\.row_length=99999"):
-        pipeline.Heldout(prepared, Data(**{**vars(data), "row_length": 99999}), TOK, B)
+        held(corpus, row_length=99999)
     everything = Data(**{**vars(data), "heldout_fraction": 0.999999, "heldout": "hash"})
     with pytest.raises(LmtrainError, match="every document is held out.*lower data.heldout_fraction"):
         pipeline.build(everything, TOK, B, 0, tmp_path, progress=False)
     with pytest.raises(ConfigError, match="batch_size: got 6, takes a multiple of the 4 processes"):
-        pipeline.Pipeline(prepared, data, TOK, 6, 0, 0, 4)
+        processes(corpus, 4, batch_size=6)
 
 
 def test_a_corpus_of_less_than_a_row_still_trains(tmp_path):

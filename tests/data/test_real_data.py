@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data import pipeline, shards, tokenizer
+from lmtrain.data import chat, conversations, pipeline, rows, samples, shards, tokenizer
 from lmtrain.schema import Data
 
 FOLDER = Path(__file__).parents[3] / "shared/data"
@@ -41,3 +41,38 @@ def test_real_text_comes_back_whole(tmp_path, name, fields):
                      for document in shards.documents(data))  # fmt: skip
     assert kept[0] == train
     assert made.total("bytes") / made.total("tokens") > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fields", "usable", "left_out"),
+    [
+        ("customer_service_sgd.jsonl", "chat", {}, 1200, {}),
+        ("code_alpaca_2k.json", "chat", {"source": "json"}, 2015, {"empty reply": 2}),
+        ("alpaca_seed_tasks.jsonl", "chat", {}, 175, {}),
+        ("gsm8k_train.jsonl", "chat", {}, 7473, {}),
+        ("preferences_alpaca_eval.jsonl", "pairs", {}, 600, {}),
+        ("preferences_alpaca_eval.jsonl", "labels", {}, 1200, {}),
+    ],
+)
+def test_real_conversations_are_all_used_but_those_that_say_nothing(name, kind, fields, usable, left_out):
+    data = Data(**{"source": "jsonl", "path": str(FOLDER / name), "row_length": 8192, **fields})
+    tok = tokenizer.train(conversations.texts(kind, data), 600, limit=100_000)
+    report = samples.Report()
+    sides = samples.collect(kind, data, report, progress=False)[""]
+    assert sum(map(len, sides.values())) == usable and report.reasons == left_out and not report.duplicates
+    assert len(sides["heldout"]) / usable == pytest.approx(0.05, abs=0.015)
+    template = chat.Template(tok)
+    units = conversations.encode(kind, sides["heldout"], template, data, report)
+    assert len(units) == len(sides["heldout"]) and report.reasons == left_out and not report.cut
+    for sample, start in zip(sides["heldout"], units.starts[:: units.each], strict=False):
+        ids, _ = template.encode([*rows.unlearned(sample.talks[0][: sample.prompt]), *sample.talks[0][sample.prompt :]])
+        assert units.ids[start : start + len(ids)].tolist() == ids.tolist()
+        said = "".join(message["content"] for message in sample.talks[0])
+        assert tok.decode(ids) == said
+
+
+def test_real_dialogues_fill_their_rows():
+    data = Data(source="jsonl", path=str(FOLDER / "customer_service_sgd.jsonl"), row_length=4096)
+    source, heldout = conversations.build("chat", data, tokenizer.bytes_tokenizer(), 8, 0, progress=False)
+    assert source.summary().startswith("1,124 conversations (1.") and ", 76 held out" in source.summary()
+    assert source.tokens / (source.rows * 4096) > 0.97 and heldout.bytes == len(heldout.bytes_text())

@@ -80,14 +80,24 @@ def test_a_reference_row_that_sees_nothing_gives_zero_and_a_finite_gradient():
         assert jnp.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_cached_keys_are_seen_up_to_the_query_s_own_place(backend):
-    (q, k, v), _ = inputs(window=9)
-    whole = attend(q, k, v, window=9, backend=backend)
-    index = jnp.array([[100, 101], [37, 38]])
-    some = jnp.stack([q[0, 100:102], q[1, 37:39]])
-    got = attend(some, k, v, index_BT=index, window=9, backend=backend)
-    np.testing.assert_allclose(got, jnp.stack([whole[0, 100:102], whole[1, 37:39]]), atol=1e-6)
+@pytest.mark.parametrize("window", [0, 3, 9])
+def test_a_position_recalls_what_it_would_see_in_its_row(window):
+    (q, k, v), _ = inputs()
+    how = dict(window=window, softcap=2.0, scale=0.4)
+    whole = attend(q, k, v, backend="reference", **how)
+    index, at = jnp.array([[100], [37]]), 2  # the new part begins two positions before them
+    places = index - at + jnp.arange(4)
+    cache = {"at": jnp.int32(at)}
+    for name, x in (("k", k), ("v", v)):
+        x_BKSH = x.transpose(0, 2, 1, 3)
+        seen_BS = jnp.arange(T) < index - at
+        cache[name] = jnp.where(seen_BS[:, None, :, None], x_BKSH, -1e3)  # places not written yet must not matter
+        new_BKRH = jnp.take_along_axis(x_BKSH, places[:, None, :, None], axis=2)
+        cache[f"new_{name}"] = jnp.where(jnp.arange(4)[:, None] < at, new_BKRH, 1e3)
+    rows = jnp.arange(2)[:, None]
+    got, kept = attention.recall(q[rows, index], k[rows, index], v[rows, index], cache, index, **how)
+    np.testing.assert_allclose(got, whole[rows, index], atol=1e-5)
+    np.testing.assert_array_equal(kept["k"][:, :, at], k[rows, index][:, 0])
 
 
 def test_each_platform_gets_its_fastest_backend_that_can():

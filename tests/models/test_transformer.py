@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmtrain import mesh as meshes
+from lmtrain import optim
 from lmtrain.models import transformer
 from lmtrain.models.shapes import groups
 from lmtrain.models.transformer import Forward, resolve
-from lmtrain.schema import ConfigError, Model, RopeScaling
+from lmtrain.schema import ConfigError, Mesh, Model, RopeScaling
 
 V = 64
 GEMMA = dict(norm="gemma", post_norm=True, activation="geglu", pattern="WG", window=5, rope_local_theta=100.0,
@@ -170,17 +172,132 @@ def test_cross_entropy_in_chunks_equals_the_whole_with_its_gradient(chunk, tied)
     close(loss_and_grad(dataclasses.replace(cfg, loss_chunk=chunk), batch), loss_and_grad(cfg, batch), 1e-5)
 
 
-def test_no_more_logits_than_a_chunk_exist():
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_more_logits_than_a_chunk_exist(entropy):
     """What the compiled gradient needs falls with the chunk: whole logits would be 2 * 512 * 4096 floats = 16 MiB."""
     cfg = tiny(vocab=4096, layers=1, loss_chunk=1 << 20)
     batch = rows(2, 512, 4096)
 
     def temporary(chunk):
         forward = Forward(dataclasses.replace(cfg, loss_chunk=chunk))
-        f = jax.jit(jax.grad(lambda p: forward.losses(p, batch).nll_BT.sum()))
+
+        def loss(params):
+            out = forward.losses(params, batch, entropy=entropy)
+            return out.nll_BT.sum() - (out.entropy_BT.sum() if entropy else 0)
+
+        f = jax.jit(jax.grad(loss))
         return f.lower(transformer.shapes(cfg)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(128) < temporary(1 << 20) - (12 << 20)
+
+
+def test_entropy_and_temperature_are_those_of_the_logits():
+    cfg = tiny(logit_softcap=3.0)
+    batch, forward, params = rows(2, 10), Forward(cfg), parameters(cfg)
+    hidden, _ = jax.jit(forward.hidden)(params, batch)
+    logits = np.asarray(forward.logits(params, hidden), np.float64) / 0.6  # behind the soft cap
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    got = jax.jit(lambda p: forward.losses(p, batch, 0.6, entropy=True, uniform=True))(params)
+    np.testing.assert_allclose(got.entropy_BT, -(np.exp(logp) * logp).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(got.uniform_BT, -logp.mean(-1), atol=1e-5)
+    expected = np.take_along_axis(logp, batch["targets_BT"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(got.nll_BT, -expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda p: forward.logps(p, batch, 0.6))(params), expected, atol=1e-5)
+    np.testing.assert_array_equal(got.hidden_BTD, hidden)
+    assert got.entropy_BT.dtype == got.uniform_BT.dtype == jnp.float32
+    plain = jax.jit(forward.losses)(params, batch)
+    assert plain.entropy_BT is None and plain.uniform_BT is None
+
+
+SPREAD = dict(layers=1, unroll=1, kv_heads=4, tied=False, scalar_head=True)
+
+
+def everything(cfg, batch, mesh=None):
+    """All that objectives ask for, of every position, and the gradient of a sum of it."""
+
+    def loss(params, batch):
+        forward = Forward(cfg, mesh)
+        out = forward.losses(params, batch, 0.7, entropy=True, uniform=True)
+        each = (out.nll_BT, out.entropy_BT, out.uniform_BT, forward.scalar(params, out.hidden_BTD))
+        weight_T = jnp.sin(1.0 + jnp.arange(out.nll_BT.shape[1]))
+        return sum(c * (x * weight_T).sum() for c, x in zip((1, 2, 3, 4), each, strict=True)), each
+
+    params = parameters(cfg)
+    if mesh is not None:
+        params = jax.device_put(params, meshes.shardings(transformer.axes(cfg), mesh))
+        batch = meshes.put(batch, mesh)
+    return jax.jit(jax.grad(loss, has_aux=True))(params, batch)
+
+
+def test_entropy_and_scalars_in_chunks_equal_the_whole_with_their_gradients():
+    cfg = tiny(**SPREAD)
+    close(everything(dataclasses.replace(cfg, loss_chunk=14), rows(2, 23)), everything(cfg, rows(2, 23)), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_entropy_and_scalars_are_the_same_on_eight_devices(sizes):
+    cfg = tiny(**SPREAD, loss_chunk=20)
+    close(everything(cfg, rows(4, 24), meshes.make(Mesh(**sizes))), everything(cfg, rows(4, 24)), 1e-5)
+
+
+def test_a_split_vocabulary_stays_split_for_its_entropy():
+    cfg, mesh = tiny(**SPREAD, vocab=8 * 31), meshes.make(Mesh(data=1, tensor=8))
+    cfg = dataclasses.replace(cfg, heads=8, kv_heads=8, head_dim=4)
+    params = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+        transformer.shapes(cfg), meshes.shardings(transformer.axes(cfg), mesh),
+    )  # fmt: skip
+    batch = meshes.put(rows(2, 24, 8 * 31), mesh)
+    f = jax.jit(lambda p, b: Forward(cfg, mesh).losses(p, b, 0.7, entropy=True, uniform=True))
+    assert f",{8 * 31}]" not in f.lower(params, batch).compile().as_text()
+
+
+def test_logits_are_mapped_a_chunk_at_a_time_beside_other_arrays():
+    cfg = tiny(layers=1, loss_chunk=8)
+    params, forward, batch = parameters(cfg), Forward(cfg), rows(2, 13)
+    extra_BTF = np.random.default_rng(0).normal(size=(2, 13, 3)).astype(np.float32)
+    seen = []
+
+    def f(logits_BCV, extra_BCF):
+        seen.append(logits_BCV.shape)
+        return {"a": logits_BCV.max(-1), "b": extra_BCF.sum(-1)}
+
+    hidden, _ = forward.hidden(params, batch)
+    got = forward.map_logits(params, f, hidden, extra_BTF)
+    np.testing.assert_allclose(got["a"], forward.logits(params, hidden).max(-1), atol=1e-5)
+    np.testing.assert_allclose(got["b"], extra_BTF.sum(-1), atol=1e-6)
+    assert set(seen) == {(2, 4, V)}
+
+
+# ------------------------------------------------------------------------------------------------- scalar head
+def test_a_scalar_head_starts_at_zero_and_changes_nothing_else():
+    cfg, plain = tiny(layers=1, tied=False, scalar_head=True), tiny(layers=1, tied=False)
+    draw = lambda c: jax.jit(functools.partial(transformer.init, c))(jax.random.key(0))  # noqa: E731
+    params, without = draw(cfg), draw(plain)
+    scalar = params.pop("scalar")
+    assert jax.tree.map(jnp.shape, scalar) == {"kernel": (32,), "bias": (1,)}
+    jax.tree.map(np.testing.assert_array_equal, params, without)
+    params["scalar"] = scalar
+    hidden = jax.random.normal(jax.random.key(1), (2, 5, 32), jnp.bfloat16)
+    zero = Forward(cfg).scalar(params, hidden)
+    assert (zero == 0).all() and zero.dtype == jnp.float32 and zero.shape == (2, 5)
+    params["scalar"] = {"kernel": jnp.arange(32.0), "bias": jnp.array([2.0])}
+    expected = np.asarray(hidden, np.float64) @ np.arange(32) + 2
+    np.testing.assert_allclose(Forward(cfg).scalar(params, hidden), expected, rtol=1e-5)
+    assert transformer.count(cfg)["total"] == transformer.count(plain)["total"] + 33
+    assert transformer.flops_per_token(cfg, 10) == transformer.flops_per_token(plain, 10)
+
+
+def test_a_scalar_head_is_no_matrix_to_any_optimizer():
+    axes = transformer.axes(tiny(scalar_head=True))
+    assert not any(jax.tree.leaves(optim.matrices(axes)["scalar"]))
+    assert jax.tree.leaves(optim.matrices(axes)["layers"]["0"]["attn"]["q"]) == [True]  # which others are
+
+
+def test_a_score_without_a_scalar_head_is_refused():
+    cfg = tiny(layers=1)
+    with pytest.raises(ConfigError, match="model.scalar_head is False.*model.scalar_head=True"):
+        Forward(cfg).scalar(parameters(cfg), jnp.zeros((1, 2, 32)))
 
 
 def test_losses_are_those_of_the_logits():

@@ -1,0 +1,166 @@
+"""Both ends of the decoder: the embedding before its layers; after them the logits, and one number for each position.
+
+    B rows, T positions, C positions of a chunk, D width, V vocabulary
+
+Logits are the largest array of a training step, so what is made of them is made in chunks of positions (`in_chunks`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmtrain import schema
+from lmtrain.mesh import batch_shards, constrain
+from lmtrain.models import params as p
+from lmtrain.models.layers import Norm, product
+from lmtrain.models.shapes import embedding_std
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+class Embed(nnx.Module):
+    """The table of token embeddings."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.width)
+        self.table = p.param(rngs, shape, ("vocab", "embed"), p.normal(embedding_std(cfg)))
+
+
+class Head(nnx.Module):
+    """The output matrix of an untied model."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        init = p.zeros if cfg.zero_init else p.normal(cfg.width**-0.5)
+        self.kernel = p.param(rngs, (cfg.width, cfg.vocab_size), ("embed", "vocab"), init)
+
+
+class Scalar(nnx.Module):
+    """One number for each position: rewards, values. Starts at 0 everywhere. A vector and a bias, so that no optimizer
+    takes it for a matrix; whole on every device, being so small."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        self.kernel = p.param(rngs, (cfg.width,), ("norm",), p.zeros)
+        self.bias = p.param(rngs, (1,), ("norm",), p.zeros)
+
+
+class Ends(nnx.Module):
+    """All that is not a layer: embedding, its norm, the last norm, the output matrix, the scalar head."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
+        self.cfg = cfg
+        self.embed = Embed(cfg, rngs)
+        self.embed_norm = norm() if cfg.embed_norm else None
+        self.norm = norm()
+        self.head = None if cfg.tied else Head(cfg, rngs)
+        self.scalar = Scalar(cfg, rngs) if cfg.scalar_head else None  # last: a model draws the same with and without
+
+    def encode(self, tokens_BT, dtype, mesh):
+        table_VD = constrain(self.embed.table[...], ("vocab", None), mesh)
+        x_BTD = table_VD[tokens_BT].astype(dtype)
+        if self.cfg.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.cfg.width), dtype)
+        x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
+        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
+
+    def logits(self, hidden_BTD, mesh):
+        w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]
+        y = product(hidden_BTD, w_DV.astype(hidden_BTD.dtype), mesh, jnp.float32)
+        if cap := self.cfg.logit_softcap:
+            y = cap * jnp.tanh(y / cap)
+        return constrain(y, ("batch", "length", "act_vocab"), mesh)
+
+    def score(self, hidden_BTD):
+        if self.scalar is None:
+            raise schema.ConfigError(
+                "model.scalar_head is False, but this objective reads a number off every position (a reward, a value); "
+                "set --config.stages.NAME.model.scalar_head=True."
+            )
+        # A sum of products, not a matrix product: those round float32 on accelerators.
+        return (hidden_BTD.astype(jnp.float32) * self.scalar.kernel[...]).sum(axis=-1) + self.scalar.bias[...]
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+class TokenLosses(NamedTuple):
+    """What `Forward.losses` returns; float32, all of them of logits divided by the temperature.
+
+    nll_BT: -log p(target). lse_BT: logsumexp of the logits. aux: router losses, summed over real tokens.
+    hidden_BTD: the final hidden states, in the dtype of activations.
+    entropy_BT: of the next token's distribution, in nats. uniform_BT: cross entropy with the uniform distribution, the
+      mean of -log p over the vocabulary. Each None unless it was asked for.
+    """
+
+    nll_BT: jax.Array
+    lse_BT: jax.Array
+    aux: jax.Array
+    hidden_BTD: jax.Array
+    entropy_BT: jax.Array | None = None
+    uniform_BT: jax.Array | None = None
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """(-log p(target), logsumexp of the logits), each [B, T]."""
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        # A gather along the split vocabulary would first collect it; a masked sum stays where the logits are.
+        at_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
+        return lse_BT - jnp.where(at_BTV, logits_BTV, 0).sum(axis=-1), lse_BT
+    return lse_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0], lse_BT
+
+
+def entropy(logits_BTV: jax.Array, lse_BT: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits), [B, T], in nats. Sums over the vocabulary alone, so a split one stays split."""
+    return lse_BT - (jnp.exp(logits_BTV - lse_BT[..., None]) * logits_BTV).sum(axis=-1)
+
+
+def in_chunks(f: Callable[..., Any], chunk: int, mesh: jax.sharding.Mesh | None, hidden_BTD: jax.Array, *arrays: Any):
+    """f(hidden, *arrays) a chunk of positions at a time, forward and backward; as if for all of them at once.
+
+    Args:
+      f: of arrays [B, C, ...], the positions independent; returns a tree of arrays [B, C].
+      chunk: positions of a row (of one context shard) at a time.
+      arrays: [B, T, ...] like hidden_BTD.
+
+    Returns:
+      f's tree, of arrays [B, T].
+    """
+    B, T, _ = hidden_BTD.shape
+    shards = 1 if mesh is None else mesh.shape["context"]
+    local = T // shards
+    if chunk >= local:
+        return f(hidden_BTD, *arrays)
+
+    # Chunks are cut within each context shard, [B, T] -> [n, B, shards * chunk], so that none of it moves.
+    n = -(-local // chunk)
+
+    def cut(x):
+        x = x.reshape(B, shards, local, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, n * chunk - local)) + ((0, 0),) * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(B, shards, n, chunk, *x.shape[3:]), 2, 0)
+        x = x.reshape(n, B, shards * chunk, *x.shape[4:])
+        return constrain(x, (None, "batch", "length") + (None,) * (x.ndim - 3), mesh)
+
+    def join(x):
+        x = jnp.moveaxis(x.reshape(n, B, shards, chunk), 0, 2).reshape(B, shards, n * chunk)
+        return constrain(x[:, :, :local].reshape(B, T), ("batch", "length"), mesh)
+
+    body = jax.checkpoint(lambda carry, xs: (carry, f(*xs)), prevent_cse=False)
+    _, out = jax.lax.scan(body, (), tuple(cut(x) for x in (hidden_BTD, *arrays)))
+    return jax.tree.map(join, out)
+
+
+def chunk_size(cfg: schema.Model, mesh: jax.sharding.Mesh | None, rows: int, length: int) -> int:
+    """Positions of a row (of one context shard) whose logits exist at once, equal chunks as far as they go."""
+    rows_here, vocab_here = rows, cfg.vocab_size
+    if mesh is not None:
+        rows_here, vocab_here = -(-rows // batch_shards(mesh)), vocab_here // mesh.shape["tensor"]
+        length = length // mesh.shape["context"]
+    positions = cfg.loss_chunk or (64 << 20) // (4 * vocab_here)
+    chunk = max(1, positions // rows_here)
+    return -(-length // -(-length // chunk))  # the same number of chunks, as even as they can be

@@ -1,0 +1,148 @@
+"""What a conversation is worth: a weighted mean of parts, each from 0 to 1, each a plain function, each logged.
+
+A part is written "WEIGHT*NAME" or "NAME": "score" (the task's own), "model(RUN)" (a trained reward model's probability
+that the conversation is the better one of two), or a function of tasks/rewards.py or of yours ("ideas:politeness").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmtrain import tasks
+from lmtrain.rollout import rows
+from lmtrain.rollout.episodes import Episode
+from lmtrain.schema import ConfigError
+from lmtrain.tasks import rewards as functions
+from lmtrain.types import Frozen, LmtrainError
+
+#: The parts of one reward for many conversations: name -> a number for each of them.
+Part = Callable[[Sequence[Episode]], list[dict[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A weighted mean of parts: (weight, part) pairs."""
+
+    parts: tuple[tuple[float, Part], ...]
+
+    def __call__(self, episodes: Sequence[Episode]) -> np.ndarray:
+        """The reward of every conversation, float64 [n]; each one's `scores` get its parts and their mean, "reward"."""
+        total = np.zeros(len(episodes))
+        for weight, part in self.parts:
+            for i, (e, scores) in enumerate(zip(episodes, part(episodes), strict=True)):
+                e.scores |= scores
+                total[i] += weight * sum(scores.values()) / len(scores) / sum(w for w, _ in self.parts)
+        for e, value in zip(episodes, total, strict=True):
+            e.scores["reward"] = float(value)
+        return total
+
+
+def make(specs: Sequence[str], models: Callable[[str], Frozen], pad: int) -> Reward:
+    """The reward that a configuration writes as ("score", "0.5*length(low=10, high=60)", "model(runs/reward)").
+
+    Args:
+      models: opens the run that model(RUN) names.
+
+    Raises:
+      ConfigError: no part, an unknown name, a weight that is no number.
+    """
+    if not specs:
+        raise ConfigError('rollout.rewards is empty, but takes at least one, such as ("score",).')
+    return Reward(tuple(_part(spec, models, pad) for spec in specs))
+
+
+def _part(spec: str, models: Callable[[str], Frozen], pad: int) -> tuple[float, Part]:
+    weight, name = 1.0, spec.strip()
+    if found := re.match(r"([^*(]+)\*(.+)$", name):
+        try:
+            weight, name = float(found[1]), found[2].strip()
+        except ValueError:
+            raise ConfigError(f"rollout.rewards: {spec!r}: {found[1]!r} is not a number, such as 0.5.") from None
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"rollout.rewards: {spec!r}: the weight is {weight}, but takes a number above 0.")
+    if name == "score":
+        return weight, score
+    if found := re.fullmatch(r"model\((.+)\)", name):
+        return weight, model(models(found[1].strip("'\" ")), pad)
+    return weight, plain(name.partition("(")[0], functions.get(name))
+
+
+def score(episodes: Sequence[Episode]) -> list[dict[str, float]]:
+    """The task's own score. A reply that was cut is never scored as if it were complete: it gets 0."""
+    return [task_score(e) for e in episodes]
+
+
+def task_score(e: Episode) -> dict[str, float]:
+    """{"score": ...}, or the parts that the task gives a whole conversation, each in [0, 1].
+
+    Raises:
+      LmtrainError: the task raised, or gave no number in [0, 1].
+    """
+    name = f"task {e.task.name}"
+    try:
+        if hasattr(e.task, "score_conversation"):
+            parts = e.task.score_conversation(e.row, e.messages)
+        else:
+            parts = {"score": 0.0 if e.truncated else e.task.score(e.row, e.reply)}
+    except LmtrainError:
+        raise
+    except Exception as error:
+        raise LmtrainError(f"{name}: its score raised {type(error).__name__}: {error}; row {e.row}") from error
+    return {part: _checked(value, f"{name}, {part}", e) for part, value in parts.items()}
+
+
+def plain(name: str, function: Callable[[dict, list], Any]) -> Part:
+    """A function of (row, messages) as a part; tasks.rewards has checked what it gives."""
+
+    def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
+        found = [function(e.row, e.messages) for e in episodes]
+        return [value if isinstance(value, dict) else {name: value} for value in found]
+
+    return part
+
+
+def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
+    """A reward model's part: sigmoid of its score, the probability (Bradley-Terry) that this conversation is preferred
+    to one of score 0. So many conversations at a time."""
+    scores = jax.jit(lambda f, batch: f.forward.scalar(f.params, f.forward.hidden(f.params, batch)[0]))
+
+    def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
+        out = []
+        for begin in range(0, len(episodes), size):
+            some = episodes[begin : begin + size]
+            longest = max(len(e.tokens) for e in some)
+            places, _ = rows.place([0] * len(some), 0, pack=False)
+            batch = rows.batch(some, places, size, -(-longest // 32) * 32, pad)
+            score_BT = np.asarray(scores(frozen, {k: batch[k] for k in ("tokens_BT", "segments_BT", "positions_BT")}))
+            for i, e in enumerate(some):
+                value = float(score_BT[i, len(e.tokens) - 1])
+                out.append({"model": _checked(1 / (1 + math.exp(-value)), "reward model", e)})
+        return out
+
+    return part
+
+
+def _checked(value: Any, what: str, e: Episode) -> float:
+    if not isinstance(value, int | float | np.floating | np.integer) or not 0 <= value <= 1:
+        raise LmtrainError(
+            f"{what}: gave {value!r}, but takes a number from 0 to 1; row {e.row}, reply {e.reply[:80]!r}"
+        )
+    return float(value)
+
+
+def get_tasks(specs: Sequence[str]) -> list[Any]:
+    """The tasks of a configuration.
+
+    Raises:
+      ConfigError: none, or an unknown one.
+    """
+    if not specs:
+        raise ConfigError("rollout.tasks is empty, but takes at least one task, such as ('addition',).")
+    return [tasks.get(spec) for spec in specs]

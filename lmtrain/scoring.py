@@ -1,0 +1,130 @@
+"""The evaluation stage: the result of every training stage before it, on the same held-out rows of the same tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lmtrain import checkpoint, log, runs, schema
+from lmtrain import mesh as mesh_lib
+from lmtrain.data import chat
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.engine import Engine
+from lmtrain.eval import tasks as scores_lib
+from lmtrain.models import transformer
+from lmtrain.rollout import episodes, rewards
+from lmtrain.types import LmtrainError, Params
+
+Scores = dict[str, dict[str, Any]]  # task -> what eval.tasks.score found
+
+
+def stages_of(e: schema.Experiment, cfg: schema.Evaluation, name: str) -> list[str]:
+    """The training stages that an evaluation scores, in order.
+
+    Raises:
+      ConfigError: it names one that does not come before it, or there is none.
+    """
+    before = list(e.stages)[: list(e.stages).index(name)]
+    chatting = [n for n in before if isinstance(s := e.stages[n], schema.Stage) and not s.model.scalar_head]
+    for wanted in cfg.stages:
+        if wanted not in chatting:
+            raise schema.ConfigError(
+                f"stages.{name}.stages names {wanted!r}, but takes training stages before it: {', '.join(chatting)}."
+            )
+    if not chatting:
+        raise schema.ConfigError(f"stages.{name} scores the training stages before it, and there is none.")
+    return [n for n in chatting if not cfg.stages or n in cfg.stages]
+
+
+def run(
+    e: schema.Experiment, name: str, cfg: schema.Evaluation, tok: Tokenizer, folder: pathlib.Path, mesh: Mesh
+) -> None:
+    """Scores what has not been scored yet, writes summary.json, prints the table. Goes on where it was stopped."""
+    here = folder / name
+    made = {task.name: task for task in rewards.get_tasks(cfg.tasks)}
+    settings = dataclasses.asdict(cfg) | {"seed": e.seed}
+    known = runs.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
+    results: dict[str, Scores] = {}
+    for stage in stages_of(e, cfg, name):
+        step = checkpoint.newest_sound(folder / stage / "checkpoints")
+        mark = json.loads(json.dumps({"step": step, "settings": settings}))
+        if known.get(stage, {}).get("of") == mark:
+            results[stage] = known[stage]["tasks"]
+            continue
+        results[stage] = _score(folder / stage, cfg, made, tok, mesh, e.seed, here)
+        known[stage] = {"of": mark, "tasks": results[stage]}
+        if jax.process_index() == 0:
+            here.mkdir(parents=True, exist_ok=True)
+            runs.write_json(here / "scores.json", known)
+    if jax.process_index() == 0:
+        _summarise(folder, results)
+        log.say(table(results))
+
+
+def _score(
+    stage: pathlib.Path, cfg: schema.Evaluation, made: dict[str, Any], tok: Tokenizer, mesh: Mesh, seed: int,
+    here: pathlib.Path,
+) -> Scores:  # fmt: skip
+    stored = runs.read_json(stage / "config.json")
+    model, how = runs.stored_model(stored), stored["stages"][stage.name]
+    shardings = mesh_lib.shardings(transformer.axes(model), mesh)
+    params: Params = checkpoint.load_params(stage / "checkpoints", shardings=shardings)
+    engine, template = Engine(model, mesh, slots=cfg.slots), chat.Template(tok, how["data"]["template"])
+    scores: Scores = {}
+    for task_name, task in made.items():
+        rows = min(cfg.rows or len(task.rows("heldout")), len(task.rows("heldout")))
+        with log.Progress(rows * cfg.samples, name=f"{here.name}: {stage.name}, {task_name}") as progress:
+            done = 0
+
+            def show(ended: int) -> None:
+                nonlocal done
+                done += ended
+                progress.show(done, {})
+
+            found = scores_lib.score(
+                engine, params, template, task, rows=cfg.rows, samples=cfg.samples, temperature=cfg.temperature,
+                max_tokens=cfg.max_tokens, longest=how["data"]["row_length"], seed=seed, progress=show,
+            )  # fmt: skip
+        scores[task_name] = found.summary
+        texts = [
+            {"step": 0, "stage": stage.name, "task": task_name, "text": episodes.transcript(p)}
+            for p in found.played[:4]
+        ]
+        if jax.process_index() == 0:
+            here.mkdir(parents=True, exist_ok=True)
+            log.append_jsonl(here / "samples.jsonl", texts)
+    return scores
+
+
+def _summarise(folder: pathlib.Path, results: dict[str, Scores]) -> None:
+    summary = runs.read_summary(folder)
+    before: Scores = {}
+    for stage, scores in results.items():
+        entry = summary.setdefault(stage, {})
+        entry["tasks"] = {t: {"before": before.get(t), "after": after} for t, after in scores.items()}
+        before = scores
+    runs.write_json(folder / "summary.json", summary)
+
+
+def table(results: dict[str, Scores]) -> str:
+    """The scores as text: a line for each task and stage."""
+    if not results:
+        raise LmtrainError("nothing was scored.")
+    lines = [f"{'held-out task':<22}{'after':<12}{'pass@1':>8}  {'95 % interval':<16}{'best k':>14}{'majority':>10}"]
+    for task in next(iter(results.values())):
+        for i, (stage, scores) in enumerate(results.items()):
+            s = scores[task]
+            k = max((key for key in s if key.startswith("pass@")), key=lambda key: int(key[5:]))
+            vote = next((f"{v:.1%}" for key, v in s.items() if key.startswith("majority@")), "")
+            low, high = s["ci95"]
+            shown = task if i == 0 else ""
+            columns = f"{s['score']:>8.1%}  {f'{low:.1%} to {high:.1%}':<16}{f'{k} {s[k]:.1%}':>14}{vote:>10}"
+            lines.append(f"{shown:<22}{stage:<12}{columns}")
+    first = next(iter(next(iter(results.values())).values()))
+    lines.append(f"({first['rows']} rows a task, {first['samples']} replies each; intervals are of pass@1, over rows)")
+    return "\n".join(lines)
