@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lmtrain import experiment, log, optim, schema, step
+from lmtrain import engine, experiment, log, optim, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.models import attention as attention_lib
 from lmtrain.models import presets, transformer
@@ -103,6 +104,91 @@ def train(
     )
     print(json.dumps(result), flush=True)
     return result
+
+
+def generate(
+    preset: str = "S", batches: str = "1,32", new: int = 128, prompt: int = 16, reps: int = 3,
+    temperature: float = 0.0, cache: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Times replies of `new` tokens to random prompts of `prompt` tokens, at several numbers of prompts at once.
+
+    A share is that of the faster of two ceilings taken in the same run: the time to read the weights and the keys and
+    values once a step, and the time to multiply. Prints a table and, last, one line of JSON; returns what it holds.
+    """
+    try:
+        sizes = [int(b) for b in batches.split(",")]
+    except ValueError:
+        raise LmtrainError(f"--batches is {batches!r}, but takes whole numbers with commas between: 1,32.") from None
+    for name, value in (("new", new), ("prompt", prompt), ("reps", reps), ("batches", min(sizes))):
+        if not 1 <= value < 1 << 20:
+            raise LmtrainError(f"--{name} is {value}, but takes at least 1.")
+    if cache:
+        experiment.use_compilation_cache()
+    cfg = presets.get(preset)
+    cfg = transformer.resolve(cfg, cfg.vocab_size or VOCABULARY)
+    mesh = mesh_lib.make(schema.Mesh()) if jax.device_count() > 1 else None
+    shardings = None if mesh is None else mesh_lib.shardings(transformer.axes(cfg), mesh)
+    params = jax.jit(lambda key: transformer.init(cfg, key), out_shardings=shardings)(jax.random.key(0))
+    dtype = transformer.Forward(cfg, mesh).dtype
+    begin = time.perf_counter()
+    ready = jax.block_until_ready(engine.Engine(cfg, mesh).prepare(params))
+    prepare_s = time.perf_counter() - begin
+    by_batch: dict[str, dict[str, Any]] = {}
+    for b in sizes:
+        rng = np.random.default_rng(b)
+        how = engine.Sampling(new, temperature)
+        requests = [(rng.integers(1, cfg.vocab_size, prompt).tolist(), how.numbered(i)) for i in range(b)]
+        player, seconds = engine.Engine(cfg, mesh, slots=b), []
+        for _ in range(1 + reps):
+            begin = time.perf_counter()
+            done = player.run(ready, requests)
+            seconds.append(time.perf_counter() - begin)
+        assert all(len(c.tokens) == new for c in done)
+        rates = sorted(b * new / s for s in seconds[1:])
+        by_batch[str(b)] = {"tokens_per_second": round(statistics.median(rates)), "min": round(rates[0]),
+                            "max": round(rates[-1]), "first_call_s": round(seconds[0], 2)}  # fmt: skip
+    peak_mb = peak_memory_mb()  # before the ceilings' own matrices
+    devices = 1 if mesh is None else mesh.size
+    flops = log.matmul_ceiling(dtype.name) * (devices if log.peak_flops() else 1)
+    bandwidth = memory_ceiling(dtype.name) * (devices if log.peak_flops() else 1)
+    for b in sizes:
+        row = by_batch[str(b)]
+        length = prompt + new / 2  # of a row, on average
+        weights = transformer.flops_per_token(cfg, 0) / 6  # in products, each of which a token uses once
+        kept = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * length  # keys and values of a row
+        floors = {"memory": (weights + b * kept) * dtype.itemsize / bandwidth,
+                  "matmul": b * transformer.flops_per_token(cfg, round(length)) / 3 / flops}  # fmt: skip
+        row["bound"] = max(floors, key=lambda name: floors[name])
+        row["share"] = round(floors[row["bound"]] * row["tokens_per_second"] / b, 3)
+    result = {
+        "bench": "generate", "preset": preset, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+        "devices": devices, "dtype": dtype.name, "parameters": transformer.count(cfg)["total"], "prompt": prompt,
+        "new": new, "temperature": temperature, "by_batch": by_batch, "bandwidth_gbs": round(bandwidth / 1e9, 1),
+        "ceiling_gflops": round(flops / 1e9, 1), "prepare_s": round(prepare_s, 2), "peak_mb": peak_mb,
+    }  # fmt: skip
+    log.say(f"    {'prompts':>7} {'tokens/s':>10} {'min':>8} {'max':>8} {'ms a token':>11}   share of a ceiling")
+    for b in sizes:
+        row = by_batch[str(b)]
+        log.say(f"    {b:>7} {row['tokens_per_second']:>10,} {row['min']:>8,} {row['max']:>8,} "
+                f"{1e3 * b / row['tokens_per_second']:>11.2f}   {row['share']:.3f} ({row['bound']})")  # fmt: skip
+    log.say(f"lmtrain bench: {preset}, {new} tokens after {prompt}, on {devices} x {result['device']}, memory "
+            f"{result['bandwidth_gbs']} GB/s, matmul {result['ceiling_gflops']} GFLOP/s; as JSON:")  # fmt: skip
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def memory_ceiling(dtype: str, seconds: float = 0.5) -> float:
+    """Bytes a second that one device reads here and now, in products of a large matrix and a vector: the best."""
+    size = 8192 if jax.default_backend() == "cpu" else 32768
+    matrix, vector = jnp.ones((size, size), dtype), jnp.ones(size, dtype)
+    product = jax.jit(jnp.matmul)
+    product(matrix, vector).block_until_ready()
+    best, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        product(matrix, vector).block_until_ready()
+        best = max(best, matrix.nbytes / (time.perf_counter() - begin))
+    return best
 
 
 def process_age() -> float:

@@ -85,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability"
     )
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, help="only tokens at least so many times as likely as the likeliest"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+    )
     generate.add_argument("--seed", type=int, default=0, help="another seed, another text")
     generate.add_argument("--samples", type=int, default=1, help="how many continuations")
     generate.set_defaults(command=_generate, takes_overrides=False)
@@ -116,6 +122,34 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--optim", default="adamw", help="optimizer (default adamw)")
     training.add_argument("--no-cache", action="store_true", help="compile anew")
     training.set_defaults(command=_bench_train, takes_overrides=False)
+
+    tuning = kinds.add_parser("sft", help="tokens/s of supervised fine-tuning on packed conversations")
+    tuning.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
+    tuning.add_argument("--rows", type=int, default=16, help="rows of a batch (default 16)")
+    tuning.add_argument("--row-length", type=int, default=256, help="positions of a row (default 256)")
+    tuning.add_argument("--accumulate", type=int, default=8, help="microbatches of a step (default 8)")
+    tuning.add_argument("--steps", type=int, default=8, help="timed steps, after two that are not (default 8)")
+    tuning.set_defaults(command=_bench_sft, takes_overrides=False)
+
+    policy = kinds.add_parser("rl", help="seconds of a GRPO step: generation, rewards, update")
+    policy.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
+    policy.add_argument("--prompts", type=int, default=4, help="prompts of a rollout (default 4)")
+    policy.add_argument("--group", type=int, default=8, help="replies to each (default 8)")
+    policy.add_argument("--new", type=int, default=64, help="tokens of a reply (default 64)")
+    policy.add_argument("--accumulate", type=int, default=4, help="microbatches of an update (default 4)")
+    policy.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not (default 5)")
+    policy.set_defaults(command=_bench_rl, takes_overrides=False)
+    writing = kinds.add_parser("generate", help="tokens/s of generation, at several numbers of prompts at once")
+    writing.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
+    writing.add_argument("--batches", default="1,32", help="prompts at once, with commas between (default 1,32)")
+    writing.add_argument("--new", type=int, default=128, help="tokens of a reply (default 128)")
+    writing.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default 16)")
+    writing.add_argument("--reps", type=int, default=3, help="timed runs, after one that is not (default 3)")
+    writing.add_argument(
+        "--temperature", type=float, default=0.0, help="above 0 draws (default 0: the likeliest token)"
+    )
+    writing.add_argument("--no-cache", action="store_true", help="compile anew")
+    writing.set_defaults(command=_bench_generate, takes_overrides=False)
     return parser
 
 
@@ -168,7 +202,14 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
     run = runs.load(args.dir)
     for i in range(args.samples):
         pieces = run.stream(
-            args.prompt, args.tokens, args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed + i
+            args.prompt,
+            args.tokens,
+            args.temperature,
+            args.stop,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed + i,
         )
         print(args.prompt + next(pieces, ""), end="", flush=True)
         for piece in pieces:
@@ -201,6 +242,27 @@ def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:
         args.preset, rows=args.rows, row_length=args.row_length, accumulate=args.accumulate, steps=args.steps,
         attention=args.attention, remat=args.remat, optimizer=args.optim, cache=not args.no_cache,
     )  # fmt: skip
+
+
+def _bench_generate(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import bench
+
+    bench.generate(
+        args.preset, batches=args.batches, new=args.new, prompt=args.prompt, reps=args.reps,
+        temperature=args.temperature, cache=not args.no_cache,
+    )  # fmt: skip
+
+
+def _bench_sft(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import bench_post
+
+    bench_post.sft(args.preset, args.rows, args.row_length, args.accumulate, args.steps)
+
+
+def _bench_rl(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import bench_post
+
+    bench_post.rl(args.preset, args.prompts, args.group, args.new, args.accumulate, args.steps)
 
 
 if __name__ == "__main__":

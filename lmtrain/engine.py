@@ -26,10 +26,11 @@ from jax.sharding import Mesh
 from lmtrain import schema
 from lmtrain.mesh import batch_shards
 from lmtrain.models import decode as decode_lib
-from lmtrain.types import Array, LmtrainError, Params
+from lmtrain.types import LmtrainError, Params
 
 NEW = 8  # steps that write to the new part of the cache before it is added to the rest
 STEPS = 16  # steps of one call of `Engine.step`, at most
+FEW = 256  # rows * places of a cache that is not worth cutting shorter
 READ = 1 << 14  # prompt positions that one call reads before it goes on with the others' replies
 
 
@@ -144,7 +145,7 @@ class Engine:
       cfg: the model (resolved).
       mesh: where its parameters lie.
       slots: requests at work at once, at most.
-      capacity: places of the cache to begin with and to keep, a power of two; 0: as many as the requests at work need.
+      capacity: places that the cache has at least, so that fewer programs are compiled; 0: what the requests need.
       decode: token ids -> text, for Sampling.stop_texts.
     """
 
@@ -195,6 +196,8 @@ class Engine:
     def step(self, params: Params | decode_lib.Ready, steps: int = STEPS) -> list[Finished]:
         """Reads prompts that wait where slots are free, goes on with every reply by up to so many tokens.
 
+        Fewer where a quarter of the replies end before, so that their slots do not stay idle.
+
         The parameters are laid out for decoding (a copy of the layers, unless they lie so already) when others are
         given than in the call before, and let go once nothing is left to do.
 
@@ -221,8 +224,12 @@ class Engine:
         """Answers (prompt, sampling) pairs and returns their completions in order. None may be at work before."""
         if self.busy:
             raise LmtrainError(f"Engine.run: {self.busy} requests are at work; go on with step until busy is 0.")
-        for i, (prompt, sampling) in enumerate(requests):
-            self.submit(prompt, sampling, i)
+        try:
+            for i, (prompt, sampling) in enumerate(requests):
+                self.submit(prompt, sampling, i)
+        except LmtrainError:
+            self._waiting.clear()
+            raise
         done: dict[int, Completion] = {}
         while len(done) < len(requests):
             done.update(self.step(params))
@@ -260,17 +267,23 @@ class Engine:
         """Makes the cache as large as the requests at work and `more` need for so many steps."""
         work = [i for i, r in enumerate(self._rows) if r is not None]
         requests = [r for r in self._rows if r is not None] + list(more)
-        # The steps of one call are kept in runs of NEW, the last of which may be cut short.
-        ends = [r.position + -(-min(steps, r.left) // NEW) * NEW for r in requests]
-        places = max(places_for(max(ends)), self.capacity)
-        rows, least = len(self._rows), self._padded(len(requests))
+        rows, least = len(self._rows), self._padded(min(self.slots, len(requests) + len(self._waiting)))
         rows = rows if least <= rows < 4 * least else least  # a row or two less do not compile anew
+
+        def needed(steps: int) -> int:  # the last run of NEW may be cut short, and is kept whole
+            return places_for(max(r.position + -(-min(steps, r.left) // NEW) * NEW for r in requests))
+
+        # With few rows attention is cheap, and a longer cache saves programs.
+        roomy = min(needed(1 << 30), power_of_two(FEW // rows, 1))
+        places = max(needed(steps), roomy, self.capacity)
         if self._cache is None:
             self._cache, self._rows = _empty(self._ready, rows, places), [None] * rows
         elif (rows, places) != (len(self._rows), self._places):
-            take = list(range(rows)) if rows == len(self._rows) else work
-            self._cache = _resize(self._cache, np.array(take + [0] * (rows - len(take)), np.int32), places, self.mesh)
-            self._rows = [self._rows[i] for i in take] + [None] * (rows - len(take))
+            take_B = None
+            if rows != len(self._rows):
+                take_B = np.array(work + [0] * (rows - len(work)), np.int32)
+                self._rows = [self._rows[i] for i in work] + [None] * (rows - len(work))
+            self._cache = _resize(self._cache, take_B, places, self.mesh)
         self._places = places
 
     def _padded(self, n: int) -> int:
@@ -332,13 +345,16 @@ def _stop_at_text(c: Completion, new: int, texts: Sequence[str], decode: Callabl
 
 def power_of_two(n: int, least: int) -> int:
     """The first power of two that is at least n and `least`."""
-    return max(1 << (n - 1).bit_length(), 1 << (least - 1).bit_length()) if n > 0 else 1 << (least - 1).bit_length()
+    return 1 << (max(n, least, 1) - 1).bit_length()
 
 
 def places_for(n: int) -> int:
-    """Places of a cache that has to hold n: a power of two, or one and a half, so that a third at most is idle."""
+    """Places of a cache that has to hold n: a power of two, or above 128 one and a half times one.
+
+    Attention reads every place at every step, so idle ones cost time; every length costs a program.
+    """
     whole = power_of_two(n, 32)
-    return 3 * whole // 4 if n <= 3 * whole // 4 and whole > 32 else whole
+    return 3 * whole // 4 if 128 < n <= 3 * whole // 4 else whole
 
 
 # ------------------------------------------------------------------------------------------------- what is compiled
@@ -352,7 +368,7 @@ _steps = jax.jit(decode_lib.steps, static_argnums=4, donate_argnums=1)
 # --------------------------------------------------------------------------------------------------- list in, list out
 def generate(
     cfg: schema.Model, params: Params | decode_lib.Ready, prompts: Sequence[Sequence[int]],
-    sampling: Sampling | Sequence[Sampling], mesh: Mesh | None = None,
+    sampling: Sampling | Sequence[Sampling], mesh: Mesh | None = None, slots: int = 64,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> list[Completion]:  # fmt: skip
     """Completes every prompt (token ids, none empty) and returns one Completion for each, in order.
@@ -361,7 +377,7 @@ def generate(
       sampling: one for each prompt, or one for all: then prompt i draws as sampling.numbered(i).
     """
     how = [sampling.numbered(i) for i in range(len(prompts))] if isinstance(sampling, Sampling) else sampling
-    return Engine(cfg, mesh, decode=decode).run(params, list(zip(prompts, how, strict=True)))
+    return Engine(cfg, mesh, slots, decode=decode).run(params, list(zip(prompts, how, strict=True)))
 
 
 def stream(

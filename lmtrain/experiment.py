@@ -20,13 +20,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, config, feeds, flags, log, runs, schema, scoring, train
+from lmtrain import checkpoint, config, feeds, flags, log, preflight, runs, schema, scoring, train
 from lmtrain import mesh as mesh_lib
-from lmtrain.data import conversations, jinja, shards, sources, split
+from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
-from lmtrain.rollout import rewards
 from lmtrain.types import LmtrainError, Params
 
 
@@ -57,7 +56,7 @@ def run(
     folder = pathlib.Path(workdir)
     use_compilation_cache()
     mesh = mesh_lib.make(e.mesh)
-    preflight(e, mesh, folder)
+    preflight.check(e, mesh, folder)
     with runs.owned(folder):
         tok: tokenizer_lib.Tokenizer | None = None
         before: str = ""
@@ -80,101 +79,11 @@ def run(
 # ------------------------------------------------------------------------------------------- the stages
 
 
-def preflight(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
-    """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
-    and rewards that are not there, a reference that nothing stands for."""
-    from lmtrain import optim
-
-    origin: schema.Model | None = None
-    training = [n for n, s in e.stages.items() if isinstance(s, schema.Stage)]
-    for name, stage in e.stages.items():
-        try:
-            if isinstance(stage, schema.Evaluation):
-                scoring.stages_of(e, stage, name)
-                rewards.get_tasks(stage.tasks)
-            elif isinstance(stage, schema.Tokenizer):
-                if stage.data is not None:
-                    check_source(stage.data)
-            else:
-                if stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
-                    found = runs.find_stage(pathlib.Path(stage.init_from))
-                    origin = runs.stored_model(runs.read_json(found / "config.json"))
-                origin = model_of(stage, origin, stage.model.vocab_size or (origin.vocab_size if origin else 0) or 1024)
-                axes = transformer.axes(origin)
-                if stage.model.vocab_size:
-                    mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
-                optim.make(stage.optim, stage.steps, axes)
-                check_batch(stage, mesh)
-                check_feed(feeds.settled(stage), first=name == training[0])
-        except LmtrainError as error:
-            raise type(error)(f"stages.{name}: {error}") from None
-
-
-def check_feed(stage: schema.Stage, first: bool) -> None:
-    """Refuses data, tasks, rewards and references that cannot be."""
-    what = feeds.kind(stage)
-    if what == "rollout":
-        rewards.get_tasks(stage.rollout.tasks)
-        rewards.make(stage.rollout.rewards, lambda run: runs.find_stage(pathlib.Path(run)), 0)  # type: ignore[arg-type,return-value]
-        for run in (stage.rollout.user, stage.rollout.reference):
-            if run not in ("", "start", "none"):
-                runs.find_stage(pathlib.Path(run))
-        if stage.data.template:
-            jinja.read(stage.data.template)
-    elif what == "documents":
-        check_source(stage.data)
-    elif ":" not in what:
-        conversations.preflight(what, stage.data)
-    compares = getattr(stage.loss, "REFERENCE", False) or (what == "rollout" and stage.rollout.reference == "start")
-    if compares and first and not stage.init_from:
-        raise schema.ConfigError(
-            f"{stage.objective} begins from a trained model and compares with it, and there is none: put a training "
-            "stage before it, or set init_from to a run."
-        )
-    if stage.teacher:
-        runs.find_stage(pathlib.Path(stage.teacher))
-
-
-def check_source(data: schema.Data) -> None:
-    """Opens every member of a mixture and reads its first document."""
-    for member, document in split.members(data).items():
-        next(sources.read(document, split.field(member)), None)
-
-
-def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
-    """Refuses a batch that does not split evenly over microbatches and devices, or rows over the context axis."""
-    ways, context = stage.accumulate * mesh_lib.batch_shards(mesh), mesh.shape["context"]
-    if stage.batch_size % ways:
-        raise schema.ConfigError(
-            f"batch_size is {stage.batch_size}, but must be a multiple of {ways}: accumulate={stage.accumulate} times "
-            f"the {ways // stage.accumulate} ways that mesh.data, fsdp and expert split it."
-        )
-    if stage.data.row_length % context:
-        raise schema.ConfigError(
-            f"data.row_length is {stage.data.row_length}, which mesh.context={context} does not divide."
-        )
-
-
 def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
     """What an experiment without a tokenizer stage takes: that of the run it starts from, else a BPE of its data."""
     if not first.init_from:
         return schema.Tokenizer()
     return schema.Tokenizer(kind="file", path=str(runs.find_stage(pathlib.Path(first.init_from)).parent / "tokenizer"))
-
-
-def model_of(cfg: schema.Stage, origin: schema.Model | None, vocab_size: int) -> schema.Model:
-    """The stage's model, resolved: what it leaves at its default is that of the model it starts from (`origin`), but
-    for how it is computed; an objective that reads scores or values gives it a scalar head."""
-    asked, default = cfg.model, schema.Model()
-    if origin is not None:
-        same = {
-            f.name: getattr(origin, f.name)
-            for f in dataclasses.fields(schema.Model)
-            if f.name not in COMPUTED and getattr(asked, f.name) == getattr(default, f.name)
-        }
-        asked = dataclasses.replace(asked, **same)
-    head = asked.scalar_head if cfg.model.scalar_head else bool(getattr(cfg.loss, "SCALAR", False))
-    return transformer.resolve(dataclasses.replace(asked, scalar_head=head), vocab_size)
 
 
 def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
@@ -224,9 +133,17 @@ def training_stage(
 ) -> runs.Run:  # fmt: skip
     """Runs, resumes or skips one training stage."""
     here, cfg = folder / name, feeds.settled(cfg)
-    start = runs.find_stage(pathlib.Path(cfg.init_from)) if cfg.init_from else folder / before if before else None
-    origin = runs.stored_model(runs.read_json(start / "config.json")) if start else None
-    model = model_of(cfg, origin, tok.vocab_size)
+    start = runs.locate(cfg.init_from, folder) if cfg.init_from else folder / before if before else None
+    origin = None
+    if start:
+        stored = runs.read_json(start / "config.json")
+        if stored["tokenizer_sha256"] != tok.fingerprint:
+            raise LmtrainError(
+                f"init_from {start}: it was trained with another tokenizer, so its tokens mean other text. Take its "
+                f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={start.parent / 'tokenizer'}"
+            )
+        origin = runs.stored_model(stored)
+    model = preflight.model_of(cfg, origin, tok.vocab_size)
     if model.vocab_size < tok.vocab_size:
         raise schema.ConfigError(
             f"stages.{name}.model.vocab_size is {model.vocab_size}, but the tokenizer has {tok.vocab_size} tokens."
@@ -286,11 +203,6 @@ def initial_params(
     def load() -> Params:
         stored = runs.read_json(origin / "config.json")
         compare_models(stored["model"], settings["model"], f"init_from {origin}", "stages.NAME.model")
-        if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
-            raise LmtrainError(
-                f"init_from {origin}: it was trained with another tokenizer, so its tokens mean other text. Take its "
-                f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={origin.parent / 'tokenizer'}"
-            )
         theirs = runs.stored_model(stored)
         params = checkpoint.load_params(
             origin / "checkpoints", shardings=mesh_lib.shardings(transformer.axes(theirs), mesh)
@@ -348,20 +260,6 @@ def said(s: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------- going on
 
 
-#: Fields of a model that say how it is computed and trained, not what it is.
-COMPUTED = {
-    "attention",
-    "remat",
-    "unroll",
-    "loss_chunk",
-    "dtype",
-    "router_balance",
-    "router_z",
-    "zero_init",
-    "init_scale",
-}
-
-
 def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
     """Refuses to go on with another model or tokenizer than the stage's checkpoints have; names other changes."""
     if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
@@ -383,7 +281,7 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
 def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, field: str) -> None:
     """Raises with both values and the fix where two models differ in a shape; how they are computed may differ."""
     for key in stored.keys() | asked.keys():
-        if key not in COMPUTED | {"scalar_head"} and stored.get(key) != asked.get(key):
+        if key not in preflight.COMPUTED | {"scalar_head"} and stored.get(key) != asked.get(key):
             raise LmtrainError(
                 f"{where}: the checkpoint has {key}={stored.get(key)}, the configuration {asked.get(key)}. "
                 f"Start another --workdir, or --config.{field}.{key}={stored.get(key)}."

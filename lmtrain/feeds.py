@@ -73,7 +73,8 @@ def kind(cfg: schema.Stage) -> str:
 
 
 def settled(cfg: schema.Stage) -> schema.Stage:
-    """The stage with its loss at the temperature that its rollouts sample at: there is one, rollout.temperature.
+    """The stage with its loss at the temperature that its rollouts sample at (there is one, rollout.temperature), and
+    Dr. GRPO's constant filled in.
 
     Raises:
       ConfigError: loss.temperature says another.
@@ -86,7 +87,10 @@ def settled(cfg: schema.Stage) -> schema.Stage:
             f"loss.temperature is {loss.temperature}, but the replies are sampled at rollout.temperature={sampled}: "
             "log-probabilities at another would be those of another policy. Set rollout.temperature alone."
         )
-    return dataclasses.replace(cfg, loss=dataclasses.replace(loss, temperature=sampled))
+    changes: dict[str, Any] = {"temperature": sampled}
+    if getattr(loss, "max_length", 1) == 0:  # a constant, whatever the length of one rollout's rows
+        changes["max_length"] = cfg.data.row_length
+    return dataclasses.replace(cfg, loss=dataclasses.replace(loss, **changes))
 
 
 def build(s: Stage) -> Feed:
@@ -269,9 +273,11 @@ def beginning(s: Stage) -> Frozen:
 
 
 def frozen(run: str, s: Stage) -> Frozen:
-    """A run's last parameters, sharded over the stage's mesh. Refuses another tokenizer."""
-    made = runs.frozen(run, s.mesh)
-    theirs = runs.read_json(runs.find_stage(pathlib.Path(run)) / "config.json")["tokenizer_sha256"]
+    """The last parameters of a run, or of an earlier stage of this one, sharded over the stage's mesh. Refuses another
+    tokenizer."""
+    where = runs.locate(run, s.folder)
+    made = runs.frozen(where, s.mesh)
+    theirs = runs.read_json(where / "config.json")["tokenizer_sha256"]
     if theirs != s.tokenizer.fingerprint:
         raise LmtrainError(f"{run}: trained with another tokenizer than {s.folder}, so its tokens mean other text.")
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lmtrain import flags, schema
@@ -62,7 +63,7 @@ def _stage(s: schema.Stage, where: str) -> None:
         )
 
 
-def _within(s: Any, ranges: dict[str, tuple[float, float]], where: str) -> None:
+def _within(s: Any, ranges: Mapping[str, tuple[float, float]], where: str) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(s, name)
         if not math.isfinite(value) or not low <= value <= high or (high == END and value == END):

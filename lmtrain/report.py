@@ -67,8 +67,8 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 def curve(metrics: list[dict[str, Any]]) -> str:
-    """What a stage learned, against tokens seen, as SVG: the loss (or the reward) of every logged step, and the same held
-    out (a task's score, the accuracy on pairs)."""
+    """What a stage learned, against tokens seen, as SVG: the loss (or reward, or accuracy on pairs) of every logged
+    step, and the same held out."""
     from matplotlib.figure import Figure
 
     if not metrics:
@@ -97,7 +97,7 @@ def curve(metrics: list[dict[str, Any]]) -> str:
     return svg[svg.index("<svg") :]
 
 
-#: Of a stage's metrics: what is drawn while it trains, the same held out, and what the axis says. The first that is there.
+#: What is drawn while a stage trains, the same held out, and what the axis says. The first that is there.
 CURVES = (
     ("reward", "heldout_score", "reward of a conversation"),
     ("accuracy", "heldout_accuracy", "pairs told apart"),

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,23 +62,40 @@ class Run:
         return read_summary(self.folder)
 
     def generate(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> str:
-        """Continues a text and returns the continuation. `sampling`: top_k, top_p, seed (engine.Sampling)."""
+        """Continues a text and returns the continuation.
+
+        `sampling`: top_k, top_p, min_p, seed (engine.Sampling); stop, texts that end it and are not part of it.
+        """
         return "".join(self.stream(prompt, tokens, temperature, **sampling))
 
-    def stream(self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, **sampling: Any) -> Iterator[str]:
-        """The same, piece by piece. Bytes of an unfinished character wait for the rest of it."""
+    def stream(
+        self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """The same, piece by piece. Bytes of an unfinished character, or what may begin a stop text, wait for more."""
         end = self.tokenizer.special("<|endoftext|>")
-        how = engine.Sampling(max_tokens=tokens, temperature=temperature, stop=(end,), **sampling)
-        waiting: list[int] = []
-        for tokens_B, _, live_B in engine.stream(self.model, self.params, [[end, *self.tokenizer.encode(prompt)]], how):
-            if live_B[0]:
-                waiting.append(int(tokens_B[0]))
-                text = self.tokenizer.decode(waiting)
-                if not text.endswith("\ufffd") or len(waiting) > 4:
-                    waiting.clear()
-                    yield text
-        if waiting:
-            yield self.tokenizer.decode(waiting)
+        how = engine.Sampling(tokens, temperature, stop=(end,), stop_texts=tuple(stop), **sampling)
+        ids = [end, *self.tokenizer.encode(prompt)]
+        held = ""
+        drawn = engine.stream(self.model, self.params, ids, how, decode=self.tokenizer.decode)
+        for piece in self.tokenizer.pieces(drawn):
+            held += piece
+            shown = before_stop(held, stop)
+            if shown:
+                yield held[:shown]
+            held = held[shown:]
+        rest = held[: min([held.find(text) for text in stop if text in held], default=len(held))]
+        if rest:
+            yield rest
+
+
+def before_stop(text: str, stop: Sequence[str]) -> int:
+    """How many of its characters surely lie before any stop text."""
+    ends = [len(text)]
+    for s in stop:
+        found = text.find(s)
+        begun = (len(text) - n for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
+        ends.append(found if found >= 0 else next(begun, len(text)))
+    return min(ends)
 
 
 def load(folder: str | os.PathLike[str]) -> Run:
@@ -96,6 +113,11 @@ def load(folder: str | os.PathLike[str]) -> Run:
         params=checkpoint.load_params(stage_folder / "checkpoints", step),
         step=step,
     )
+
+
+def locate(name: str, here: pathlib.Path) -> pathlib.Path:
+    """The stage folder that a setting names: a stage of the run `here`, else another run or one of its stages."""
+    return here / name if name and (here / name / "config.json").exists() else find_stage(pathlib.Path(name))
 
 
 def frozen(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> Frozen:

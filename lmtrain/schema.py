@@ -162,15 +162,15 @@ class Rollout:
     max_tokens: int = 0  # of one reply; 0: the task's own limit
     turns: int = 8  # replies of the policy in one conversation, at most
     temperature: float = 1.0
-    rewards: tuple[str, ...] = ("score",)  # a mean of "WEIGHT*NAME": score (the task's), one of tasks/rewards.py, model(RUN), ...
-    user: str = ""  # a run's folder: that frozen model plays the user of a chat; "": the task's script
+    rewards: tuple[str, ...] = ("score",)  # a mean of "WEIGHT*NAME": tasks/rewards.py, model(RUN)
+    user: str = ""  # a stage or run: that frozen model plays the user of a chat; "": the task's script
     demonstrations: float = 0.0  # share of conversations taken from the task's solutions (distillation's 1 - lambda)
     advantage: str = "auto"  # group | group_mean | leave_one_out | gae; auto: what the objective takes
     dynamic: int = 0  # rounds of new prompts in place of groups whose replies all score alike (DAPO)
     overlong: int = 0  # the last so many tokens below the limit cost up to 1 (DAPO's soft punishment)
     truncated: str = "mask"  # a reply cut by the limit: mask (not learned from) | penalise (reward 0) | keep
     kl_reward: float = 0.0  # weight of the k1 estimate of the divergence from the reference, taken off the reward
-    reference: str = "start"  # the frozen reference: start (what the stage starts from) | none | a run's folder
+    reference: str = "start"  # the frozen reference: start (what the stage starts from) | none | a stage or run
     gamma: float = 1.0  # gae
     lam: float = 0.95  # gae
     slots: int = 64  # conversations generated at once
@@ -189,13 +189,13 @@ class Stage:
     checkpoint_every: int = 200  # 0: only at the end
     keep_last: int = 2
     keep_best: int = 1
-    init_from: str = ""  # "": the stage before, or fresh; else a run's folder or that of one of its stages
+    init_from: str = ""  # "": the stage before, or fresh; else an earlier stage's name, a run's folder, or a stage's
     objective: str = "pretrain"  # a name in objectives/ or "package.module:function"
     loss: Any = None  # the objective's own settings: the dataclass that its fourth argument is annotated with
     source: str = (
         "auto"  # documents | chat | pairs | labels | rollout | "package.module:function"; auto: the objective's
     )
-    teacher: str = ""  # a run's folder: the frozen model that distillation learns from
+    teacher: str = ""  # an earlier stage, or a run's folder: the frozen model that distillation learns from
     model: Model = Model()
     data: Data = Data()
     optim: Optim = Optim()

@@ -32,10 +32,8 @@ class Conversation:
         """Adds what the user says and yields the reply, piece by piece; tools that it calls are run."""
         self.messages.append({"role": "user", "content": text})
         for _ in range(8):  # tool calls in a row
-            ids = []
-            for tokens, piece in self._reply():
-                ids += tokens
-                yield piece
+            ids: list[int] = []
+            yield from self.run.tokenizer.pieces(self._reply(ids))
             reply = self.template.parse(ids)
             self.messages.append(reply)
             answers = self.tools.respond({}, self.messages) if self.tools and reply.get("tool_calls") else None
@@ -45,18 +43,13 @@ class Conversation:
                 yield f"[{call['name']} {call['arguments']} = {answer['content']}] "
             self.messages += answers
 
-    def _reply(self) -> Iterator[tuple[list[int], str]]:
+    def _reply(self, ids: list[int]) -> Iterator[int]:
+        """The reply's tokens as they come; `ids` keeps them."""
         how = engine.Sampling(stop=self.template.stop, **self.sampling)
         prompt = self.template.prompt(self.messages)
-        waiting: list[int] = []
         for token in engine.stream(self.run.model, self.run.params, prompt, how):
-            waiting.append(token)
-            text = self.run.tokenizer.decode(waiting)
-            if not text.endswith("\ufffd") or len(waiting) > 4:  # an unfinished character waits for the rest of it
-                yield waiting, text
-                waiting = []
-        if waiting:
-            yield waiting, self.run.tokenizer.decode(waiting)
+            ids.append(token)
+            yield token
 
 
 def chat(run: runs.Run, system: str = "", tools: Any = None, **sampling: Any) -> int:

@@ -31,7 +31,21 @@ ROOMS = {
     "train": BASE
     | {"data", "models", "objectives", "optim", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
 }
-ANYTHING = {"experiment", "feeds", "scoring", "runs", "terminal", "cli", "report", "bench", "plan", "serve", "__init__"}
+ANYTHING = {
+    "experiment",
+    "preflight",
+    "feeds",
+    "scoring",
+    "runs",
+    "terminal",
+    "cli",
+    "report",
+    "bench",
+    "bench_post",
+    "plan",
+    "serve",
+    "__init__",
+}
 # Read when they are called, so that a configuration can name a preset, and data a task whose demonstrations it is.
 LAZY = {("config", "models.presets"), ("data", "tasks")}
 

@@ -25,6 +25,8 @@ def test_settings_on_the_pages_exist():
     c = config.experiment()
     c.stages.pretrain = config.stage()
     c.stages.tokenizer = config.tokenizer()
+    for stage, objective in (("sft", "sft"), ("reward", "reward"), ("preference", "dpo"), ("rl", "dapo")):
+        c.stages[stage] = config.stage(objective=objective)
     for page in PAGES:
         for flag in re.findall(r"--config\.[\w.]+=[^\s`#]*", page.read_text()):
             if "a.b" not in flag and "loss.gamma" not in flag:
@@ -39,7 +41,7 @@ def test_the_objective_and_the_source_on_the_page_train_a_model(tmp_path):
     for i in range(120):
         (tmp_path / f"letters/{i}.letter").write_text(f"Dear number {i}, " + "how are you? " * (i % 7 + 30))
     flags = ["objective=ideas:focal", "loss.gamma=1", "data.source=ideas:letters", "data.path=letters", "samples=0"]
-    argv = [sys.executable, "-m", "lmtrain.cli", "run", "--config", str(ROOT / "experiments/quickstart.py:2")]
+    argv = [sys.executable, "-m", "lmtrain.cli", "run", "--config", str(ROOT / "experiments/pretrain.py:1m,steps=2")]
     argv += ["--workdir", "out", *[f"--config.stages.pretrain.{f}" for f in flags]]
     done = subprocess.run(argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": "."}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -10,6 +10,7 @@ import pathlib
 import re
 import site
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,12 @@ CHEATS = programs("cheats")  # each wants a score
 ENDLESS = programs("endless")  # each wants never to end
 
 
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory, monkeypatch):
+    """So that what another test process has running is not taken for left over."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("folders")))
+
+
 @pytest.fixture
 def outside(tmp_path):
     (tmp_path / "canary").write_text("alive")
@@ -54,9 +61,7 @@ def outside(tmp_path):
 
 def left_over():
     """Folders and processes of sandboxes that are still there."""
-    folders = [
-        p for p in pathlib.Path(tempfile.gettempdir()).glob("lmtrain-sandbox-*") if p.stat().st_uid == os.getuid()
-    ]
+    folders = list(pathlib.Path(tempfile.gettempdir()).iterdir())
     mine = []
     for entry in pathlib.Path("/proc").iterdir():
         try:
@@ -178,6 +183,8 @@ def test_work_and_waiting_have_limits_of_their_own():
     assert "CPU" in sandbox.run("while True: pass", limits=long).error
     assert "CPU" in sandbox.check("def f(x):\n    while True: pass", "f(1)", "f", long).error
     assert "time limit" in sandbox.run("import time\ntime.sleep(9)", limits=sandbox.Limits(seconds=0.5)).error
+    for stream in ("stdout", "stderr"):
+        assert "output limit" in sandbox.run(f"import sys\nwhile True: print('x' * 999, file=sys.{stream})").error
 
 
 def test_tests_that_swallow_everything_do_not_bring_a_dead_program_back():
@@ -238,6 +245,26 @@ def test_plain_values_cross_unchanged(value):
 def test_true_and_one_stay_apart():
     assert wire.decode(wire.encode([True, 1, 1.0])) == [True, 1, 1.0]
     assert [type(v) for v in wire.decode(wire.encode([True, 1, 1.0]))] == [bool, int, float]
+
+
+def test_an_object_is_no_answer_even_where_any_would_do():
+    source = "class E:\n    def __eq__(self, o): return True\ndef f(x): return E()"
+    for tests in ("assert f(1)", "assert f(1) == True", "assert f(1) is not None", "f(1)"):
+        result = sandbox.check(source, tests, "f")
+        assert not result.ok and "f returned a E" in result.error
+
+
+def test_endless_answers_are_not_waited_for(monkeypatch):
+    assert "iterator of more than" in sandbox.check("def f(x):\n    while True: yield 1", "list(f(1))", "f").error
+    monkeypatch.setattr(wire, "LONGEST", 1000)
+    reader, writer = os.pipe()
+    lines = wire.Lines(reader)
+    os.write(writer, b"x" * 900 + b"\n")
+    assert lines.next() == b"x" * 900
+    os.write(writer, b"y" * 1100 + b"\n")
+    assert lines.next() is None
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_program_reads_its_input_and_its_output_comes_back():
@@ -362,10 +389,99 @@ def test_where_a_layer_is_missing_or_does_nothing_nothing_is_run(call, word):
     assert "RAN" not in done.stdout and "Linux 5.13" in done.stdout
 
 
+def test_an_interpreter_that_does_not_start_is_named_with_what_it_says(monkeypatch, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'error while loading libpython' >&2\nexit 127\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for go in (lambda: sandbox.run(""), lambda: sandbox.check("", "", "f")):
+        with pytest.raises(LmtrainError, match="interpreter that starts .*/python: error while loading libpython"):
+            go()
+
+
 def test_another_system_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(LmtrainError, match="lacks: Linux"):
         sandbox.run("print(1)")
+
+
+def answer(machine, number, *arguments, arch=None, pid=77):
+    """What the filter says to a system call: "allow", "kill" or an errno. Runs the BPF program as the kernel does."""
+    code = list(struct.iter_unpack("HBBI", jail._filter(machine, pid)))
+    arguments = [a % 2**64 for a in (*arguments, *[0] * 6)][:6]
+    data = struct.pack("=IIQ6Q", number, arch or {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine], 0, *arguments)
+    at = a = 0
+    while True:
+        op, jump, otherwise, k = code[at]
+        at += 1
+        if op == 0x20:
+            a = int.from_bytes(data[k : k + 4], "little")
+        elif op == 0x54:
+            a &= k
+        elif op == 0x15:
+            at += jump if a == k else otherwise
+        elif op == 0x05:
+            at += k
+        else:
+            assert op == 0x06
+            return {0x7FFF0000: "allow", 0x80000000: "kill"}.get(k, k & 0xFFFF)
+
+
+CALLS = [
+    ("kill", "allow", [(77, 9)]),
+    ("kill", 1, [(76, 9), (-1, 9), (0, 9), (-77, 9), (2**32 + 76, 9)]),
+    ("tgkill", "allow", [(77, 77, 6)]),
+    ("tgkill", 1, [(76, 76, 9)]),
+    ("prlimit64", "allow", [(0, 9), (77, 9)]),
+    ("prlimit64", 1, [(76, 0), (1, 0)]),
+    ("openat", "allow", [(-100, 1, os.O_RDONLY), (-100, 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), (3, 1, os.O_RDWR)]),
+    ("openat", 1, [(-100, 1, 0o20200002), (-100, 1, os.O_RDONLY | os.O_TRUNC), (-100, 1, 2**32 | os.O_TRUNC)]),
+    ("fcntl", "allow", [(1, 1), (1, 3), (1, 4), (1, 1030)]),
+    ("fcntl", 1, [(1, 8, 76), (1, 10, 9), (1, 15), (1, 1024), (1, 1026), (1, 1031), (1, 2**32 + 8)]),
+    ("ioctl", "allow", [(1, 0x5401), (1, 0x5421)]),
+    ("ioctl", 1, [(0, 0x5412), (3, 0x8901), (3, 0x8902), (0, 0x541C)]),
+    ("socketpair", "allow", [(1, 1), (1, 1 | 0o2004000)]),
+    ("socketpair", 1, [(1, 2), (1, 5), (2, 1), (16, 3)]),
+    ("sendto", "allow", [(3, 1, 1, 0, 0, 0)]),
+    ("sendto", 1, [(3, 1, 1, 0, 0x7F00_0000_0001, 16), (3, 1, 1, 0, 0x7F00_0000_0000, 16), (3, 1, 1, 0, 1, 16)]),
+    ("read", "allow", [(0, 1, 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(("name", "says", "calls"), CALLS)
+def test_the_filter_looks_at_arguments(machine, name, says, calls):
+    """Some of these the second layer would stop too, so they are asked of the filter itself, for both machines."""
+    number = jail.numbers(machine)[name]
+    for arguments in calls:
+        assert answer(machine, number, *arguments) == says, arguments
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_allows_no_other_call(machine):
+    allowed = {n for n in range(1024) if answer(machine, n, *[5] * 6) == "allow"}
+    assert allowed < set(jail.numbers(machine).values())
+    assert answer(machine, 435) == 38, "clone3 is no such call, so that clone is tried"
+    # clone, fork, vfork, execve, execveat; socket, connect; ptrace; unlink, rename, mkdir, chmod; prctl, seccomp.
+    more = {
+        "x86_64": [56, 57, 58, 59, 322, 41, 42, 101, 87, 82, 83, 90, 157, 317],
+        "aarch64": [220, 221, 281, 198, 203, 117, 35],
+    }
+    for number in [*more[machine], 434, 425, 2**30 + 39]:
+        assert answer(machine, number) == 1
+    assert answer(machine, 63, arch=0x40000003) == "kill", "another architecture's calls have other numbers"
+    with pytest.raises(jail.Refused, match="riscv64.*x86_64 and aarch64"):
+        jail.numbers("riscv64")
+
+
+def test_files_have_a_limit_each_and_together():
+    one = "f = open('a', 'wb')\nfor _ in range(8): f.write(b'x' * (1 << 20)); f.flush()"
+    many = "for i in range(8):\n    open(str(i), 'wb').write(b'x' * (1 << 20))"
+    wait = "\nimport time\ntime.sleep(.5)"
+    size, disk = sandbox.Limits(file_size=4 << 20, disk=64 << 20), sandbox.Limits(file_size=64 << 20, disk=4 << 20)
+    assert "File too large" in sandbox.run(one, limits=size).error and sandbox.run(many, limits=size).ok
+    assert "disk limit" in sandbox.run(one + wait, limits=disk).error
+    assert "disk limit" in sandbox.run(many + wait, limits=disk).error
+    assert "limit of 256 files" in sandbox.run("for i in range(300): open(str(i), 'w')" + wait).error
 
 
 def test_numbers_of_system_calls_are_the_kernels():

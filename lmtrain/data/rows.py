@@ -118,7 +118,10 @@ def _task(data: Data, field: str, split: str) -> Iterator[tuple[str, dict]]:
     for number in range(min(len(problems), data.limit or TASK_ROWS)):
         problem = problems[number]
         messages = [*unlearned(task.messages(problem)), *task.solution(problem)]
-        yield f"task {data.path} ({split}), row {number}", {"messages": messages}
+        row = {"messages": messages}
+        if hasattr(task, "preference"):
+            row |= {"prompt": task.messages(problem), **task.preference(problem)}
+        yield f"task {data.path} ({split}), row {number}", row
 
 
 def unlearned(messages: Sequence[Message]) -> list[Message]:

@@ -154,6 +154,18 @@ class Tokenizer:
         """The text behind ids; what is no UTF-8 (a sample may stop within a character) becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids that come one by one, piece by piece: bytes of an unfinished character wait for the rest."""
+        waiting: list[int] = []
+        for i in ids:
+            waiting.append(i)
+            text = self.decode(waiting)
+            if not text.endswith("\ufffd") or len(waiting) > 4:
+                waiting.clear()
+                yield text
+        if waiting:
+            yield self.decode(waiting)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes folder/tokenizer.json, which Hugging Face's libraries read too. Returns its path."""
         path = Path(folder) / "tokenizer.json"

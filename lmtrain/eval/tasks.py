@@ -79,7 +79,7 @@ def score(
         k *= 2
     if samples > 1 and hasattr(task, "answer"):
         answers_RS = np.array([task.answer(e.row, e.reply) for e in played], object).reshape(count, samples)
-        summary[f"majority@{samples}"] = passk.majority(answers_RS, own_RS >= PASSED)
+        summary[f"majority@{samples}"] = passk.majority(answers_RS.tolist(), own_RS >= PASSED)
     summary["truncated"] = float(np.mean([e.truncated for e in played]))
     summary["length"] = float(np.mean([e.length for e in played]))
     names = sorted({name for e in played for name in e.scores} - {"reward"})

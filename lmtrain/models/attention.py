@@ -14,6 +14,8 @@ cannot honour a request raises ConfigError and names itself; none ignores it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -317,7 +319,7 @@ class Attention(nnx.Module):
         q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
         kv_axes = ("batch", "kv_length", "act_kv_heads", "head_dim")
         k_BTKH, v_BTKH = constrain(rope(k, tables), kv_axes, mesh), constrain(v_BTKH, kv_axes, mesh)
-        how = dict(window=self.window, softcap=cfg.attn_softcap, scale=cfg.attn_scale)
+        how: Any = dict(window=self.window, softcap=cfg.attn_softcap, scale=cfg.attn_scale)
         if cache:
             out_BTNH, kept = recall(q_BTNH, k_BTKH, v_BTKH, cache, index_BT, **how)
         else:

@@ -59,10 +59,10 @@ def prepare(cfg: schema.Model, params: Params, mesh: jax.sharding.Mesh | None = 
     attention = "reference" if cfg.attention == "reference" else "auto"
     cfg = dataclasses.replace(cfg, dtype=dtype.name, remat="none", attention=attention)
     ends = {"embed": params["embed"]} | ({"head": params["head"]} if "head" in params else {})
-    layers = {name: params[name] for name in ("layers", "tail") if name in params}
+    layers: Params = {name: params[name] for name in ("layers", "tail") if name in params}
     if not isinstance(layers["layers"], tuple) or dtype != jnp.float32:
         layers = _laid_out(layers, dtype.name)
-    return Ready({**params, **jax.tree.map(lambda w: w.astype(dtype), ends), **layers}, cfg, mesh)
+    return Ready({**params, **layers, **jax.tree.map(lambda w: w.astype(dtype), ends)}, cfg, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -86,11 +86,11 @@ def empty(model: Ready, rows: int, places: int) -> Cache:
     return cache | ({"tail": {str(i): kv(1) for i in range(len(tail))}} if tail else {})
 
 
-def resize(cache: Cache, take_B: Array, places: int, mesh: jax.sharding.Mesh | None = None) -> Cache:
-    """The cache of rows take_B, in this order, with so many places."""
+def resize(cache: Cache, take_B: Array | None, places: int, mesh: jax.sharding.Mesh | None = None) -> Cache:
+    """The cache of rows take_B, in this order (None: as they are), with so many places."""
 
     def one(x_BKSH):
-        x_BKSH = x_BKSH[take_B, :, :places]
+        x_BKSH = x_BKSH[:, :, :places] if take_B is None else x_BKSH[take_B, :, :places]
         if x_BKSH.shape[2] < places:  # not jnp.pad: with the gather fused into it, it is slow on a CPU
             B, K, _, H = x_BKSH.shape
             x_BKSH = jax.lax.dynamic_update_slice(jnp.zeros((B, K, places, H), x_BKSH.dtype), x_BKSH, (0, 0, 0, 0))
@@ -162,9 +162,11 @@ def keep(cache: Cache, new: Cache, first_B: Array, mesh: jax.sharding.Mesh | Non
 def steps(model: Ready, cache: Cache, columns: dict[str, Any], count: Array, sizes: tuple[int, int]):
     """Up to `count` tokens for every row that has some left; a row that has none, or has drawn a stop token, rests.
 
+    Ends before that once a quarter of the rows at work have come to rest.
+
     Args:
       columns: of the rows: tokens_B int32, the last token, not in the cache yet; position_B int32, its position; left_B
-        int32, how many more are wanted; stop_BC int32, tokens that end the row (-1: none); how, the way it draws (draw).
+        int32, how many more are wanted; stop_BC int32, tokens that end the row (-1: none); how (see draw.py).
       sizes: (n, R): the most that `count` may be; steps that write to the new part before it joins the cache.
 
     Returns:
@@ -172,9 +174,10 @@ def steps(model: Ready, cache: Cache, columns: dict[str, Any], count: Array, siz
     """
     stop_BC, how = columns["stop_BC"], columns["how"]
     (most, R), B = sizes, len(stop_BC)
+    rest = (columns["left_B"] > 0).sum() * 3 // 4  # 0 of 1
 
     def more(state):
-        return (state["n"] < count) & (state["left_B"] > 0).any()
+        return (state["n"] < count) & ((state["left_B"] > 0).sum() > rest)
 
     def run(carry):  # up to R steps, which then join the cache
         state, cache = carry

@@ -233,8 +233,8 @@ class Forward:
         """Embedding, layers, last norm. Returns (hidden [B, T, D], router losses, cache or None).
 
         Args:
-          cache: {"layers": ..., "tail": ...} like the parameters, of {"k", "v"}; then positions_BT are also the places
-            in the cache that this call writes.
+          cache: {"layers": a tuple of groups, "tail": ...} of what each layer's attention shall look back on (see
+            Attention); its layers are traced one after the other. The returned one holds what they shall keep.
         """
         ends = self._ends(params)
         x_BTD = ends.encode(tokens_BT, self.dtype, self.mesh)
@@ -257,8 +257,7 @@ class Forward:
                 aux += a
             return x_BTD, aux, None if cache is None else out
 
-        unstacked = isinstance(params["layers"], tuple) or (cache is not None and isinstance(cache["layers"], tuple))
-        loop = unstacked or self.loops(count)
+        loop = cache is not None or isinstance(params["layers"], tuple) or self.loops(count)
 
         def rematerialised(kinds: str, prevent_cse: bool) -> Callable[..., Any]:
             run = functools.partial(group, kinds)
@@ -271,24 +270,19 @@ class Forward:
         run = rematerialised(body, prevent_cse=loop)
         aux, new = jnp.zeros((), jnp.float32), {}
         if loop:
-            kept = [None] * count if cache is None else unstack(cache)["layers"]
             out = []
-            for weights, kv in zip(unstack(params)["layers"], kept, strict=True):
-                x_BTD, a, kv = run(x_BTD, weights, kv)
+            for i, weights in enumerate(unstack(params)["layers"]):
+                x_BTD, a, kv = run(x_BTD, weights, None if cache is None else cache["layers"][i])
                 aux += a
                 out.append(kv)
-            if cache is not None:
-                stack = not isinstance(cache["layers"], tuple)
-                new["layers"] = jax.tree.map(lambda *kv: jnp.stack(kv), *out) if stack else tuple(out)
+            new["layers"] = tuple(out)
         else:
 
-            def step(carry, xs):
-                x_BTD, a, kv = run(carry[0], *xs)
-                return (x_BTD, carry[1] + a), kv
+            def step(carry, weights):
+                x_BTD, a, _ = run(carry[0], weights, None)
+                return (x_BTD, carry[1] + a), None
 
-            kept = None if cache is None else cache["layers"]
-            (x_BTD, aux), new["layers"] = jax.lax.scan(
-                step, (x_BTD, aux), (params["layers"], kept), unroll=self._unroll(count))  # fmt: skip
+            (x_BTD, aux), _ = jax.lax.scan(step, (x_BTD, aux), params["layers"], unroll=self._unroll(count))
         if tail:
             weights = jax.tree.map(lambda w: w[0], params["tail"])
             kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])

@@ -139,7 +139,11 @@ class _Child:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise LmtrainError(f"sandbox: {sys.executable} did not start within {_START:g} seconds.")
                 part = os.read(self.status, 4096)
-                said += part or b"an interpreter that starts\n"
+                if not part:  # it ended before it could say anything
+                    why = self.process.stderr.read() if self.process.stderr else b""
+                    last = why.decode(errors="replace").strip().rpartition("\n")[2][:300]
+                    raise LmtrainError(_lacks(f"an interpreter that starts ({sys.executable}: {last or 'no message'})"))
+                said += part
         word, _, rest = said.partition(b"\n")
         if word != b"ready":
             raise LmtrainError(_lacks(word.decode(errors="replace")))

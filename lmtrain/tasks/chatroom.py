@@ -2,16 +2,18 @@
 
     system     Lopa: river Vemi, tower Suka, dish Gorun.
     user       Hi, Tine here. Which river has Lopa?
-    assistant  The river is Vemi.
+    assistant  The river Vemi.
     user       Thanks. Which tower?
     ...
     user       Thanks, bye!
     assistant  Bye, Tine!
 
 The user asks for one fact after another, asks again where the answer was not given, says so where it was off the topic
-or said before, and ends with a goodbye. Everything it says is a function of the row and of what the model said. Places,
-facts and people are made of syllables, and a place that is held out is in no conversation of training: it takes reading
-what was told, not knowing.
+or said before, and ends with a goodbye. Everything it says is a function of the row and of what the model said. The
+names of facts and people are forty words, those of places any number; a place that is held out is in no conversation of
+training. It takes reading what was told, and a demonstration says a fact just as it was told ("river Vemi"), for the
+sake of small models: 0.85M parameters then gave three facts in ten after 800 steps of SFT; none where names were new
+each time and the reply was "The river is Vemi."
 """
 
 from __future__ import annotations
@@ -63,14 +65,18 @@ class Chatroom(Generated):
     def __init__(self, turns: int = 4, sloppy: float = 0.0, seed: int = 0):
         super().__init__(seed)
         self.turns, self.sloppy = number("turns", turns, 1, 32), float(sloppy)
+        known = random.Random(f"{self.name} words")  # the same under every seed
+        self.words = [word.capitalize() for word in words.several(known, 40, 2, 0.0) if word not in KINDS]
         if not 0 <= sloppy <= 1:
             raise LmtrainError(f"sloppy is {sloppy}, but takes a share from 0 to 1.")
 
     # ---------------------------------------------------------------- problems
 
     def draw(self, rng: random.Random) -> Row:
-        new = [word.capitalize() for word in words.several(rng, 8, 2) if word not in KINDS][:5]  # "lake" would be one
-        topic, name, *values = new
+        name, *values = rng.sample(self.words, 4)
+        topic = name
+        while topic in self.words or topic.lower() in KINDS:  # "lake" could be one
+            topic = words.word(rng, 2).capitalize()
         facts = dict(zip(rng.sample(KINDS, 3), values, strict=True))
         mood = rng.choice(MOODS)
         asks = rng.sample(list(facts), 3)
@@ -97,7 +103,7 @@ class Chatroom(Generated):
             return None
         kind = self._next(row, turns)
         if not kind:
-            return [{"role": "user", "content": _BYE[row["mood"]]}]
+            return [{"role": "user", "content": _BYE[row["mood"]] if turns[-1].given else "Bye."}]
         question = _NEXT[(row["style"] + len(turns)) % len(_NEXT)].format(kind=kind)
         if turns[-1].given:
             said = _THANKS[row["mood"]]
@@ -142,16 +148,22 @@ class Chatroom(Generated):
     # ---------------------------------------------------------------- a demonstration
 
     def solution(self, row: Row) -> list[Message]:
+        return self._demonstration(row, self.sloppy)
+
+    def preference(self, row: Row) -> dict[str, list[Message]]:
+        """A demonstration without a slip, and one with: what a reward model learns to tell apart."""
+        return {"chosen": self._demonstration(row, 0.0), "rejected": self._demonstration(row, 1.0)}
+
+    def _demonstration(self, row: Row, sloppy: float) -> list[Message]:
         rng = random.Random(f"{self.seed} {row['topic']} {row['style']}")
-        slips = (
-            set(rng.sample(range(self.turns), min(self.turns, rng.randint(1, 2)))) if rng.random() < self.sloppy else ()
-        )
+        turns = min(self.turns, 4)  # three facts and a goodbye; more is left for who needs it
+        slips = set(rng.sample(range(turns), min(turns, rng.randint(1, 2)))) if rng.random() < sloppy else ()
         talk = list(self.messages(row))
         prompt = len(talk)
         said: list[str] = []
         for turn in range(self.turns):
             asked = _asked(row, talk[-1]["content"])
-            reply = f"The {asked} is {row['facts'][asked]}." if asked else f"Bye, {row['name']}!"
+            reply = f"The {asked} {row['facts'][asked]}." if asked else f"Bye, {row['name']}!"
             if turn in slips:
                 reply = said[-1] if said and rng.random() < 0.5 else rng.choice(_OFF)
             said.append(reply)

@@ -80,7 +80,7 @@ def test_a_reference_row_that_sees_nothing_gives_zero_and_a_finite_gradient():
         assert jnp.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("window", [0, 3, 9])
+@pytest.mark.parametrize("window", [0, 2, 3, 9])
 def test_a_position_recalls_what_it_would_see_in_its_row(window):
     (q, k, v), _ = inputs()
     how = dict(window=window, softcap=2.0, scale=0.4)

@@ -77,7 +77,7 @@ def test_rows_can_be_taken_placed_and_given_more_room():
     expected = full(cfg, params, tokens)[:, 8]
     cache = start(model, tokens[:, :8])
     cache = decode.resize(cache, np.array([2, 0]), 10)
-    kept = decode.read(model, tokens[1:2])  # more than there are places, below
+    kept = jax.jit(decode.read)(model, tokens[1:2])  # more than there are places, below
     cache = decode.place(cache, kept, np.array([-1, 0]))  # row 0 stays the third prompt, row 1 becomes the second
     new = decode.empty(model, 2, 1)
     logits, _ = step(model, tokens[np.array([2, 1]), 8], jnp.array([8, 8]), cache, new, jnp.int32(0))
@@ -99,7 +99,7 @@ def test_parameters_laid_out_once_are_not_copied_again():
     assert same(params["head"]["kernel"], once.params["head"]["kernel"])
 
 
-def test_weights_in_the_dtype_of_products_give_the_learners_logits_exactly():
+def test_weights_are_kept_in_the_dtype_of_their_products():
     cfg = dataclasses.replace(tiny(**KINDS["moe"]), dtype="bfloat16")
     params = fresh(dataclasses.replace(cfg, dtype="auto"))
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, V)

@@ -131,6 +131,17 @@ def test_sloppy_demonstrations_are_worse_and_as_many_as_asked_for():
     assert share[0.0] == 0 and 0.4 < share[0.5] < 0.6 and share[1.0] > 0.95
 
 
+@pytest.mark.parametrize("turns", [1, 2, 4, 8])
+def test_of_a_preference_the_chosen_is_the_better_one(turns):
+    task = tasks.get(f"chatroom(turns={turns}, sloppy=0.5)")
+    for row in task.rows("train")[:200]:
+        pair = task.preference(row)
+        chosen, rejected = (
+            task.score_conversation(row, [*task.messages(row), *pair[k]]) for k in ("chosen", "rejected")
+        )
+        assert set(chosen.values()) == {1.0} and min(rejected.values()) < 1
+
+
 def test_a_place_that_is_held_out_is_in_no_training_conversation():
     held = {row["topic"] for row in TASK.rows("heldout")}
     assert len(held) == 512

@@ -74,6 +74,64 @@ def test_nor_under_other_settings_and_seeds(make, variants):
         assert not held & {y.problem(rows[i]) for i in range(min(3000, len(rows)))}
 
 
+@pytest.mark.parametrize(
+    ("spec", "row", "other"),
+    [
+        ("addition", {"a": 12, "b": 34}, {"a": 34, "b": 12}),
+        ("spelling", {"word": "lora", "letter": "l"}, {"word": "lora", "letter": "a"}),
+        ("sorting", {"words": ["b", "a", "c"]}, {"words": ["c", "b", "a"]}),
+        ("chatroom", {"topic": "Lopa", "name": "A", "asks": []}, {"topic": "Lopa", "name": "B", "asks": ["x"]}),
+        ("pydocs", {"kind": "module", "subject": "re", "choices": []}, {"kind": "module", "subject": "re"}),
+        ("gsm8k(path='FILE')", {"question": "How many? "}, {"question": "How  many?"}),
+    ],
+)
+def test_one_problem_in_other_words_is_one_problem(make, spec, row, other):
+    assert make(spec).problem(row) == make(spec).problem(other)
+
+
+SCORED = [
+    # task, row, prompt, replies that score 1, replies that score 0
+    ("addition", {"a": 123, "b": 456}, "123+456", ["579", " 579\n"], ["975", "0579", "579 or 580", "five"]),
+    ("addition(reversed=True)", {"a": 123, "b": 458}, "123+458", ["185"], ["581"]),
+    (
+        "spelling",
+        {"word": "lorera", "letter": "r"},
+        "How many r in lorera?",
+        ["l0o0r1e1r2a2 2", "2", "There are 2."],
+        ["3", "2 or 3", "two"],
+    ),
+    (
+        "sorting",
+        {"words": ["tewi", "kafe", "bo"]},
+        "Sort: tewi kafe bo",
+        ["bo kafe tewi", "bo, kafe, tewi"],
+        ["bo tewi kafe", "bo kafe", "so: bo kafe tewi"],
+    ),
+    (
+        "calculator",
+        {"expression": "2*(3-5)", "answer": "-4"},
+        "What is 2*(3-5)?",
+        ["-4", "It is -4.", "-4.0"],
+        ["4", "2*(3-5)", "-4 or 4"],
+    ),
+    (
+        "pydocs",
+        {"question": "Which?", "choices": ["re", "os"], "module": "os"},
+        "Which?\nA re\nB os",
+        ["B", "os", "B os", "B."],
+        ["A", "re", "B re", "A B", "b"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "row", "prompt", "right", "wrong"), SCORED, ids=[scored[0] for scored in SCORED])
+def test_what_is_asked_and_what_counts(make, spec, row, prompt, right, wrong):
+    task = make(spec)
+    assert task.messages(row) == [{"role": "user", "content": prompt}]
+    assert [task.score(row, reply) for reply in right] == [1.0] * len(right)
+    assert [task.score(row, reply) for reply in wrong] == [0.0] * len(wrong)
+
+
 def test_all_of_a_small_space_is_split_and_both_sides_are_filled():
     task = tasks.get("addition(digits=1)")
     problems = {f"{a}+{b}" for a in range(10) for b in range(a, 10)}

@@ -1,0 +1,124 @@
+"""What can be refused before a file is written: shapes, meshes, optimizers, sources, tasks, references."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lmtrain import checkpoint, feeds, optim, runs, schema, scoring
+from lmtrain import mesh as mesh_lib
+from lmtrain.data import conversations, jinja, sources, split
+from lmtrain.models import transformer
+from lmtrain.rollout import rewards
+from lmtrain.types import LmtrainError
+
+#: Fields of a model that say how it is computed and trained, not what it is.
+COMPUTED = {
+    "attention",
+    "remat",
+    "unroll",
+    "loss_chunk",
+    "dtype",
+    "router_balance",
+    "router_z",
+    "zero_init",
+    "init_scale",
+}
+
+
+def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
+    """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
+    and rewards that are not there, a reference that nothing stands for."""
+    origin: schema.Model | None = None
+    models: dict[str, schema.Model] = {}  # of the training stages so far
+    for name, stage in e.stages.items():
+        try:
+            if isinstance(stage, schema.Evaluation):
+                scoring.stages_of(e, stage, name)
+                rewards.get_tasks(stage.tasks)
+            elif isinstance(stage, schema.Tokenizer):
+                if stage.data is not None:
+                    check_source(stage.data)
+            else:
+                if stage.init_from in models:
+                    origin = models[stage.init_from]
+                elif stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
+                    found = runs.find_stage(pathlib.Path(stage.init_from))
+                    origin = runs.stored_model(runs.read_json(found / "config.json"))
+                origin = model_of(stage, origin, stage.model.vocab_size or (origin.vocab_size if origin else 0) or 1024)
+                axes = transformer.axes(origin)
+                if stage.model.vocab_size:
+                    mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
+                optim.make(stage.optim, stage.steps, axes)
+                check_batch(stage, mesh)
+                check_feed(feeds.settled(stage), list(models))
+                models[name] = origin
+        except LmtrainError as error:
+            raise type(error)(f"stages.{name}: {error}") from None
+
+
+def check_feed(stage: schema.Stage, before: list[str]) -> None:
+    """Refuses data, tasks, rewards and references that cannot be. `before`: the training stages before it."""
+
+    def exists(run: str) -> Any:
+        return None if run in before else runs.find_stage(pathlib.Path(run))
+
+    what, r = feeds.kind(stage), stage.rollout
+    compares = getattr(stage.loss, "REFERENCE", False) or (what == "rollout" and r.reference == "start")
+    if compares and not before and not stage.init_from:
+        raise schema.ConfigError(
+            f"{stage.objective} begins from a trained model and compares with it, and there is none: put a training "
+            "stage before it, or set init_from to a run."
+        )
+    if what == "rollout":
+        rewards.get_tasks(r.tasks)
+        rewards.make(r.rewards, exists, 0)
+        for run in (r.user, r.reference):
+            if run not in ("", "start", "none"):
+                exists(run)
+        if stage.data.template:
+            jinja.read(stage.data.template)
+    elif what == "documents":
+        check_source(stage.data)
+    elif ":" not in what:
+        conversations.preflight(what, stage.data)
+    if stage.teacher:
+        exists(stage.teacher)
+
+
+def check_source(data: schema.Data) -> None:
+    """Opens every member of a mixture and reads its first document."""
+    for member, document in split.members(data).items():
+        next(sources.read(document, split.field(member)), None)
+
+
+def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
+    """Refuses a batch that does not split evenly over microbatches and devices, or rows over the context axis."""
+    ways, context = stage.accumulate * mesh_lib.batch_shards(mesh), mesh.shape["context"]
+    if stage.batch_size % ways:
+        raise schema.ConfigError(
+            f"batch_size is {stage.batch_size}, but must be a multiple of {ways}: accumulate={stage.accumulate} times "
+            f"the {ways // stage.accumulate} ways that mesh.data, fsdp and expert split it."
+        )
+    if stage.data.row_length % context:
+        raise schema.ConfigError(
+            f"data.row_length is {stage.data.row_length}, which mesh.context={context} does not divide."
+        )
+
+
+def model_of(cfg: schema.Stage, origin: schema.Model | None, vocab_size: int) -> schema.Model:
+    """The stage's model, resolved: what it leaves at its default is that of the model it starts from (`origin`), but
+    for how it is computed; an objective that reads scores or values gives it a scalar head."""
+    asked, default = cfg.model, schema.Model()
+    if origin is not None:
+        same = {
+            f.name: getattr(origin, f.name)
+            for f in dataclasses.fields(schema.Model)
+            if f.name not in COMPUTED and getattr(asked, f.name) == getattr(default, f.name)
+        }
+        asked = dataclasses.replace(asked, **same)
+    head = asked.scalar_head if cfg.model.scalar_head else bool(getattr(cfg.loss, "SCALAR", False))
+    return transformer.resolve(dataclasses.replace(asked, scalar_head=head), vocab_size)
