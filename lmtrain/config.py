@@ -105,7 +105,8 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     Each value takes the type of its default; a bool may be named alone to switch it on.
     """
     values = dict(defaults)
-    for i, part in enumerate(p.strip() for p in arg.split(",") if p.strip()):
+    parts = re.split(r",(?![^(]*\))", arg)  # not at the commas of "task=addition(digits=2, reversed=True)"
+    for i, part in enumerate(p.strip() for p in parts if p.strip()):
         name, eq, text = part.partition("=")
         if not eq and name in defaults and isinstance(defaults[name], bool):
             text = "true"

@@ -167,3 +167,8 @@ def test_every_field_survives_the_round_trip_through_json():
     plain = config.to_json(e)
     assert plain["stages"]["s"]["data"]["mixture"]["b"]["source"] == "stdlib"
     assert set(plain["stages"]["s"]["model"]) == {f.name for f in dataclasses.fields(schema.Model)}
+
+
+def test_commas_within_brackets_do_not_part_arguments():
+    a = config.parse_arg("task=addition(digits=2,reversed=True),steps=3", steps=1, task="")
+    assert a.task == "addition(digits=2,reversed=True)" and a.steps == 3
