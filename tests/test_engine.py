@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmtrain import engine, schema
+from lmtrain import engine, runs, schema
 from lmtrain import mesh as meshes
 from lmtrain.engine import Engine, Sampling
 from lmtrain.models import decode, transformer
@@ -360,3 +360,13 @@ def test_no_prompts_give_no_completions_and_a_prompt_that_cannot_be_read_is_refu
         engine.generate(cfg, params, [[1, 40]], Sampling())
     with pytest.raises(LmtrainError, match="slots is 0"):
         Engine(cfg, slots=0)
+
+
+def test_text_that_may_begin_a_stop_text_waits_for_the_rest():
+    assert (
+        runs.before_stop("abc", ["x"])
+        == runs.before_stop("abcEN", ["END"])
+        == runs.before_stop("abcENDx", ["END"])
+        == 3
+    )
+    assert runs.before_stop("abE", ["END", "bE!"]) == 1 and runs.before_stop("", ["a"]) == 0

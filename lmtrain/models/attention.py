@@ -256,29 +256,28 @@ def recall(q_B1NH, k_B1KH, v_B1KH, cache, index_B1, *, window: int, softcap: flo
 
     new_k_BKRH, new_v_BKRH = add(cache["new_k"], k_B1KH), add(cache["new_v"], v_B1KH)
     q_BKGH = (q_B1NH * (scale or H**-0.5)).reshape(B, K, N // K, H)
-    index_B111 = index_B1[:, :, None, None]
-    s_S, r_R = jnp.arange(cache["k"].shape[2]), jnp.arange(new_k_BKRH.shape[2])
-    old, new = s_S < index_B111 - at, r_R <= at
+    S, R = cache["k"].shape[2], new_k_BKRH.shape[2]
+    s_S, r_R = jnp.arange(S), jnp.arange(R)
+    old_BS, new_BR = s_S < index_B1 - at, jnp.broadcast_to(r_R <= at, (B, R))
     if window:
-        old, new = old & (s_S > index_B111 - window), new & (r_R > at - window)
+        old_BS, new_BR = old_BS & (s_S > index_B1 - window), new_BR & (r_R > at - window)
+    seen_BA = jnp.concatenate([old_BS, new_BR], axis=1)  # A: all places, S + R
 
-    def score(k_BKSH, mask_B11S):
-        score_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-        if softcap:
-            score_BKGS = softcap * jnp.tanh(score_BKGS / softcap)
-        return jnp.where(mask_B11S, score_BKGS, HIDDEN)
+    def score(k_BKSH):
+        return jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
 
-    old_BKGS, new_BKGR = score(cache["k"], old), score(new_k_BKRH, new)
-    top_BKG1 = jnp.maximum(old_BKGS.max(-1, keepdims=True), new_BKGR.max(-1, keepdims=True))
-    total_BKG1, out_BKGH = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-    for score_BKGS, v_BKSH in ((old_BKGS, cache["v"]), (new_BKGR, new_v_BKRH)):
-        weight_BKGS = jnp.exp(score_BKGS - top_BKG1)
-        total_BKG1 += weight_BKGS.sum(-1, keepdims=True)
-        out_BKGH += jnp.einsum(
-            "BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
-        )
-    out_B1NH = (out_BKGH / total_BKG1).reshape(B, 1, N, H).astype(q_B1NH.dtype)
-    return out_B1NH, {"k": new_k_BKRH, "v": new_v_BKRH}
+    def gather(weight_BKGS, v_BKSH):
+        weight_BKGS = weight_BKGS.astype(v_BKSH.dtype)
+        return jnp.einsum("BKGS,BKSH->BKGH", weight_BKGS, v_BKSH, preferred_element_type=jnp.float32)
+
+    score_BKGA = jnp.concatenate([score(cache["k"]), score(new_k_BKRH)], axis=-1)
+    if softcap:
+        score_BKGA = softcap * jnp.tanh(score_BKGA / softcap)
+    score_BKGA = jnp.where(seen_BA[:, None, None], score_BKGA, HIDDEN)
+    weight_BKGA = jnp.exp(score_BKGA - score_BKGA.max(axis=-1, keepdims=True))
+    out_BKGH = gather(weight_BKGA[..., :S], cache["v"]) + gather(weight_BKGA[..., S:], new_v_BKRH)
+    out_BKGH = out_BKGH / weight_BKGA.sum(axis=-1, keepdims=True)
+    return out_BKGH.reshape(B, 1, N, H).astype(q_B1NH.dtype), {"k": new_k_BKRH, "v": new_v_BKRH}
 
 
 # ---------------------------------------------------------------------------------------------------------- the layer

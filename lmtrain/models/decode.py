@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from lmtrain import schema
 from lmtrain.mesh import batch_shards, constrain, replicated
+from lmtrain.models.attention import platform
 from lmtrain.models.draw import draw
 from lmtrain.models.shapes import groups
 from lmtrain.models.transformer import Forward, unstack
@@ -53,16 +54,25 @@ def prepare(cfg: schema.Model, params: Params, mesh: jax.sharding.Mesh | None = 
 
     A step reads every weight once, so slices out of stacks, or conversions, would double its traffic. What has this
     form already is handed over without a copy: the second time, and all but the layers in float32.
+
+    On a CPU the embedding of a tied model also becomes an output matrix: a product with the table as it lies takes a
+    third longer.
     """
     dtype = Forward(cfg, mesh).dtype
     # A prompt's length is a power of two, which a backend of the training's rows may refuse.
     attention = "reference" if cfg.attention == "reference" else "auto"
     cfg = dataclasses.replace(cfg, dtype=dtype.name, remat="none", attention=attention)
-    ends = {"embed": params["embed"]} | ({"head": params["head"]} if "head" in params else {})
+    ends = {name: params[name] for name in ("embed", "head") if name in params}
+    if "head" not in ends and platform(mesh) == "cpu":
+        ends["head"] = {"kernel": _transposed(params["embed"]["table"])}
+    cfg = dataclasses.replace(cfg, tied="head" not in ends)
     layers: Params = {name: params[name] for name in ("layers", "tail") if name in params}
     if not isinstance(layers["layers"], tuple) or dtype != jnp.float32:
         layers = _laid_out(layers, dtype.name)
     return Ready({**params, **layers, **jax.tree.map(lambda w: w.astype(dtype), ends)}, cfg, mesh)
+
+
+_transposed = jax.jit(jnp.transpose)
 
 
 @functools.partial(jax.jit, static_argnums=1)
