@@ -245,6 +245,8 @@ class Forward:
         local = scaled
         if cfg.rope_local_theta and "W" in cfg.pattern:
             local = rope_tables(positions_BT, cfg.head_dim, cfg.rope_local_theta, schema.RopeScaling())
+        if cache is not None:  # worked out once for all layers, not again wherever they are used
+            scaled, local = jax.lax.optimization_barrier((scaled, local))
         count, body, tail = groups(cfg)
 
         def group(kinds, x_BTD, weights, cache):
