@@ -11,14 +11,14 @@ class Addition(Generated):
     """`digits`-digit numbers. With `reversed` the answer is written from its last digit to its first.
 
     A model that writes backwards has each digit and its carry at hand when it needs them, and learns in minutes;
-    forwards it must know the carries of all digits that follow.
+    forwards it must know the carries of all digits that follow. A slip (`sloppy`) is one digit, one off.
     """
 
     name = "addition"
     max_tokens = 16
 
-    def __init__(self, digits: int = 3, reversed: bool = False, seed: int = 0):
-        super().__init__(seed)
+    def __init__(self, digits: int = 3, reversed: bool = False, seed: int = 0, sloppy: float = 0.0):
+        super().__init__(seed, sloppy)
         self.digits, self.reversed = number("digits", digits, 1, 12), reversed
 
     def draw(self, rng: random.Random) -> Row:
@@ -39,7 +39,11 @@ class Addition(Generated):
         return text if (text := reply.strip()).isascii() and text.isdecimal() else ""
 
     def solution(self, row: Row) -> list[Message]:
-        return assistant(self._right(row))
+        said = self._right(row)
+        if rng := self.slip(row):
+            i = rng.randrange(len(said))
+            said = f"{said[:i]}{(int(said[i]) + rng.choice((1, 9))) % 10}{said[i + 1 :]}"
+        return assistant(said)
 
     def _right(self, row: Row) -> str:
         text = str(row["a"] + row["b"])

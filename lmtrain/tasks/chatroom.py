@@ -24,7 +24,6 @@ from collections.abc import Sequence
 
 from lmtrain.tasks import rewards, words
 from lmtrain.tasks.generated import Generated, Message, Row, assistant, number
-from lmtrain.types import LmtrainError
 
 KINDS = ("river", "tower", "dish", "king", "tree", "song", "game", "lake")
 MOODS = ("kind", "curt", "merry")
@@ -62,13 +61,11 @@ class Chatroom(Generated):
     name = "chatroom"
     max_tokens = 48
 
-    def __init__(self, turns: int = 4, sloppy: float = 0.0, seed: int = 0):
-        super().__init__(seed)
-        self.turns, self.sloppy = number("turns", turns, 1, 32), float(sloppy)
+    def __init__(self, turns: int = 4, seed: int = 0, sloppy: float = 0.0):
+        super().__init__(seed, sloppy)
+        self.turns = number("turns", turns, 1, 32)
         known = random.Random(f"{self.name} words")  # the same under every seed
         self.words = [word.capitalize() for word in words.several(known, 40, 2, 0.0) if word not in KINDS]
-        if not 0 <= sloppy <= 1:
-            raise LmtrainError(f"sloppy is {sloppy}, but takes a share from 0 to 1.")
 
     # ---------------------------------------------------------------- problems
 

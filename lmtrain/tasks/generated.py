@@ -54,8 +54,10 @@ class Generated:
     name = ""
     max_tokens = 32
 
-    def __init__(self, seed: int = 0):
-        self.seed = seed
+    def __init__(self, seed: int = 0, sloppy: float = 0.0):
+        if not 0 <= sloppy <= 1:
+            raise LmtrainError(f"sloppy is {sloppy}, but takes a share from 0 to 1.")
+        self.seed, self.sloppy = seed, float(sloppy)
         self._held: list[Row] | None = None
 
     def draw(self, rng: random.Random) -> Row:
@@ -65,6 +67,15 @@ class Generated:
     def problem(self, row: Row) -> str:
         """What makes two rows the same problem, in whichever wording or order: rows with one text are on one side."""
         raise NotImplementedError(f"{type(self).__name__}.problem(row)")
+
+    def slip(self, row: Row) -> random.Random | None:
+        """What a wrong demonstration of a row is drawn from; None where its demonstration is right.
+
+        A share `sloppy` of the problems is demonstrated wrongly, as people's demonstrations are. Supervised
+        fine-tuning imitates that too; a reward tells it from a right answer.
+        """
+        rng = random.Random(f"{self.name} {self.seed} slip {self.problem(row)}")
+        return rng if rng.random() < self.sloppy else None
 
     def rows(self, split: str) -> Sequence[Row]:
         """1,048,576 rows of "train" (a problem may come again), up to 512 different ones of "heldout"."""

@@ -10,13 +10,13 @@ from lmtrain.types import LmtrainError
 
 
 class Sorting(Generated):
-    """Between `least` and `most` short words."""
+    """Between `least` and `most` short words. A slip (`sloppy`) is two neighbours that changed places."""
 
     name = "sorting"
     max_tokens = 40
 
-    def __init__(self, least: int = 3, most: int = 5, seed: int = 0):
-        super().__init__(seed)
+    def __init__(self, least: int = 3, most: int = 5, seed: int = 0, sloppy: float = 0.0):
+        super().__init__(seed, sloppy)
         self.least, self.most = number("least", least, 2, 20), number("most", most, 2, 20)
         if most < least:
             raise LmtrainError(f"most is {most}, but takes at least {least}, which is `least`.")
@@ -39,4 +39,8 @@ class Sorting(Generated):
         return " ".join(reply.replace(",", " ").split())
 
     def solution(self, row: Row) -> list[Message]:
-        return assistant(" ".join(sorted(row["words"])))
+        said = sorted(row["words"])
+        if rng := self.slip(row):
+            i = rng.randrange(len(said) - 1)
+            said[i : i + 2] = said[i + 1], said[i]
+        return assistant(" ".join(said))

@@ -96,8 +96,11 @@ def check(function: Callable[..., Any], settings: dict[str, Any], spec: str, wha
 
 def _check_type(value: Any, default: Any, where: str) -> None:
     """Raises LmtrainError where a value is of another type than the default; a whole number will do for a float."""
-    takes = {bool: "True or False", int: "a whole number", float: "a number", str: "text in quotes"}.get(type(default))
-    right = (int, float) if isinstance(default, float) else type(default)
+    takes = {
+        bool: "True or False", int: "a whole number", float: "a number", str: "text in quotes",
+        tuple: "a list in brackets, such as ('a', 'b')",
+    }.get(type(default))  # fmt: skip
+    right = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
     if takes and (not isinstance(value, right) or isinstance(value, bool) is not isinstance(default, bool)):
         raise LmtrainError(f"{where} is {value!r}, but takes {takes} (default {default!r}).")
 

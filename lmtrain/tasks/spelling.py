@@ -11,14 +11,15 @@ from lmtrain.tasks.generated import Generated, Message, Row, assistant, number, 
 class Spelling(Generated):
     """Words of up to `syllables` syllables. The demonstration spells the word and counts: "s0t0r1a1w1b1e1r2r3y3 3".
 
-    Every step of it copies a letter and a number, which a model of 1M parameters can learn. The last number counts.
+    Every step of it copies a letter and a number, which a model of 1M parameters can learn. The last number counts; a
+    slip (`sloppy`) is that it is one off.
     """
 
     name = "spelling"
     max_tokens = 40
 
-    def __init__(self, syllables: int = 4, seed: int = 0):
-        super().__init__(seed)
+    def __init__(self, syllables: int = 4, seed: int = 0, sloppy: float = 0.0):
+        super().__init__(seed, sloppy)
         self.syllables = number("syllables", syllables, 1, 8)
 
     def draw(self, rng: random.Random) -> Row:
@@ -46,4 +47,6 @@ class Spelling(Generated):
         for letter in row["word"]:
             count += letter == row["letter"]
             spelled += f"{letter}{count}"
+        if rng := self.slip(row):
+            count += 1 if count == 0 else rng.choice((1, -1))
         return assistant(f"{spelled} {count}")

@@ -17,7 +17,7 @@ from lmtrain.types import LmtrainError
 SMALL = [
     "addition", "addition(digits=2)", "addition(reversed=True)", "addition(digits=5, seed=3)", "spelling",
     "spelling(syllables=2)", "sorting", "sorting(least=2, most=4)", "calculator", "calculator(terms=2, digits=2)",
-    "chatroom", "chatroom(sloppy=0.5)", "chatroom(turns=1)", "chatroom(turns=6, seed=1)",
+    "chatroom", "chatroom(sloppy=0.5)", "chatroom(turns=1)", "chatroom(turns=6, seed=1)", "several",
 ]  # fmt: skip
 LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')"]
 SPECS = SMALL + LISTED
@@ -210,7 +210,7 @@ def test_a_demonstration_scores_1_and_is_a_conversation(make, spec):
             whole = [*task.messages(row), *task.solution(row)]
             messages_lib.check(whole, learn=True)
             assert whole[-1]["role"] == "assistant" and task.messages(row)[-1]["role"] != "assistant"
-            if spec.startswith("chatroom"):
+            if hasattr(task, "score_conversation"):
                 parts = task.score_conversation(row, whole)
                 assert "sloppy" in spec or set(parts.values()) == {1.0}
                 assert "sloppy" in spec or task.score(row, task.solution(row)[0]["content"]) == 1
@@ -219,7 +219,17 @@ def test_a_demonstration_scores_1_and_is_a_conversation(make, spec):
                 assert not hasattr(task, "answer") or task.answer(row, final(task, row))
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "chatroom" not in s])
+@pytest.mark.parametrize("name", ["addition", "spelling", "sorting"])
+def test_a_sloppy_demonstrator_is_wrong_as_often_as_asked_and_right_otherwise(name):
+    sloppy, right = tasks.get(f"{name}(sloppy=0.3)"), tasks.get(name)
+    rows = sloppy.rows("train")[:1000]
+    assert rows == right.rows("train")[:1000]
+    scores = [sloppy.score(row, final(sloppy, row)) for row in rows]
+    assert sum(scores) / len(rows) == pytest.approx(0.7, abs=0.04) and set(scores) == {0.0, 1.0}
+    assert [final(sloppy, row) == final(right, row) for row in rows] == [score == 1 for score in scores]
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if "chatroom" not in s and s != "several"])
 def test_another_rows_answer_scores_0(make, spec):
     task = make(spec)
     rows = task.rows("heldout")[:60]

@@ -50,7 +50,7 @@ def test_the_table_names_every_task_and_settings_that_there_are():
         module = __import__(f"lmtrain.tasks.{name}", fromlist=["x"])
         kind = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
         parameters = inspect.signature(kind).parameters
-        for setting in settings.split(", "):
+        for setting in re.split(r", (?=\w+=|\w+$|\w+,)", settings):
             key, _, default = setting.partition("=")
             assert key in parameters and (not default or repr(parameters[key].default) == default)
 
