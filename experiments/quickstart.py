@@ -17,7 +17,7 @@ ADDITION, SORTING, SPELLING = (
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=1000, sft=700, rl=100)
+    a = config.parse_arg(arg, steps=1000, sft=700, rl=80)
     model = config.model(layers=4, width=128, heads=4)
     c = config.experiment()
     # Few tokens beyond the 256 bytes: with so little compute, a large vocabulary would stay mostly unlearned.
@@ -41,7 +41,7 @@ def get_config(arg=""):
         batch_size=8,
         eval_every=200,
         checkpoint_every=100,
-        data=config.data("task", path=demonstrations, limit=30_000, row_length=256),
+        data=config.data("task", path=demonstrations, limit=50_000, row_length=256),
     )
     c.stages.rl = config.stage(
         objective="grpo",
@@ -51,6 +51,7 @@ def get_config(arg=""):
         eval_every=25,
         checkpoint_every=25,
         data=config.data(row_length=128, pack=False, heldout_rows=128),
+        loss=dict(negative=0.0),  # from the good replies alone, which keeps more of what only some samples can do
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(ADDITION, SORTING, group=16, slots=128, reference="none"),
     )

@@ -32,7 +32,7 @@ LARGEST = 20.0
 #: What each setting takes; None: no end.
 LIMITS = {"temperature": (1e-6, None), "beta": (0, None), "is_cap": (0, None), "clip_low": (0, 1),
           "clip_high": (0, None), "max_length": (0, None), "cap": (1e-6, None), "value_clip": (0, None),
-          "value_weight": (0, None)}  # fmt: skip
+          "value_weight": (0, None), "negative": (0, None)}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Policy:
     ADVANTAGE: ClassVar[str] = "group"
 
     temperature: float = 1.0  # what the replies were sampled at: log-probabilities are taken at the same
+    negative: float = 1.0  # weight of what was worse than its baseline (arXiv 2506.01347); 0: learn from the good alone
     beta: float = 0.0  # weight of the divergence from the reference; 0: no reference
     kl: str = "k2"  # its estimate (common.kl): k1 | k2 | k3. As a loss, k1 does nothing and k3 is another divergence
     is_cap: float = 0.0  # importance weights min(p_learner / p_sampler, is_cap) (TIS; 2 is usual); 0: none
@@ -139,7 +140,9 @@ def policy(
 
     old_BT = common.own(batch, "old_logps_BT")
     ratio_BT = ratio(logps_BT, old_BT)
-    loss_BT, low_BT, high_BT = using(ratio_BT, common.own(batch, "advantages_BT"), logps_BT, cfg)
+    advantages_BT = common.own(batch, "advantages_BT")
+    advantages_BT *= jnp.where(advantages_BT < 0, cfg.negative, 1.0)
+    loss_BT, low_BT, high_BT = using(ratio_BT, advantages_BT, logps_BT, cfg)
     if cfg.is_cap:
         # Truncated importance sampling (Yao et al. 2025): the gap between two programs, not between two policies.
         loss_BT *= jax.lax.stop_gradient(jnp.minimum(ratio(old_BT, common.own(batch, "sampler_logps_BT")), cfg.is_cap))

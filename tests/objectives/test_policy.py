@@ -96,7 +96,7 @@ def reference_of(toy, talks, name, cfg):
                 continue
             lp, lp0 = (toy.logps(p, c, cfg.temperature)[own] for p in (params, held))
             old, sampler, ref, A = (c[k][own] for k in ("old_logps", "sampler_logps", "ref_logps", "advantages"))
-            x = surrogate(lp, lp0, old, A, cfg)
+            x = surrogate(lp, lp0, old, np.where(A < 0, cfg.negative * A, A), cfg)
             if cfg.is_cap:
                 gap = old - sampler
                 gap = np.full(len(gap), WEIGHTS[name](gap)) if name in WEIGHTS else gap
@@ -116,6 +116,7 @@ def reference_of(toy, talks, name, cfg):
 SETTINGS = [
     ("grpo", {}), ("grpo", dict(beta=0.3)), ("grpo", dict(beta=0.3, kl="k1")), ("grpo", dict(beta=0.3, kl="k3")),
     ("grpo", dict(temperature=0.7, is_cap=1.2)), ("dapo", {}), ("dapo", dict(beta=0.1, is_cap=2.0, temperature=1.3)),
+    ("grpo", dict(negative=0.3)), ("cispo", dict(negative=0.0, cap=1.1)), ("ppo", dict(negative=2.0)),
     ("dr_grpo", {}), ("dr_grpo", dict(max_length=50)), ("gspo", dict(clip_low=0.1, clip_high=0.2)),
     ("gspo", dict(clip_low=0.1, clip_high=0.2, is_cap=1.1, beta=0.2)), ("rloo", {}), ("rloo", dict(is_cap=1.5)),
     ("cispo", dict(cap=1.1)), ("cispo", dict(cap=1.1, beta=0.2, is_cap=1.3)), ("ppo", {}),
