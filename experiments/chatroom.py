@@ -43,7 +43,7 @@ def get_config(arg=""):
         checkpoint_every=20,
         samples=4,
         data=config.data(row_length=384, heldout_rows=128),
-        optim=config.optim("muon", muon_lr=0.002, lr=0.0003, schedule="constant", warmup=0),
+        optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(task, group=a.group, turns=4, rewards=("score", "0.5*model(reward)")),
     )
     return c

@@ -14,7 +14,7 @@ LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo")
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, loss="grpo", task="addition(reversed=True)", sft=400, steps=60, group=16, control="none")
+    a = config.parse_arg(arg, loss="grpo", task="addition(reversed=True, sloppy=0.3)", sft=600, steps=60, group=16, control="none")
     if a.loss not in LOSSES:
         raise flags.ConfigError(flags.unknown(a.loss, LOSSES, "a policy loss"))
     c = config.experiment()
@@ -33,7 +33,7 @@ def get_config(arg=""):
         eval_every=20,
         checkpoint_every=20,
         data=config.data(row_length=128, pack=False, heldout_rows=128),
-        optim=config.optim("muon", muon_lr=0.002, lr=0.0003, schedule="constant", warmup=0),
+        optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(a.task, group=a.group, slots=128, control=a.control),
     )
     c.stages.evaluation = config.evaluation(a.task)

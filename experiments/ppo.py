@@ -9,7 +9,7 @@ from lmtrain import config
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, task="addition(reversed=True)", sft=400, steps=240)
+    a = config.parse_arg(arg, task="addition(reversed=True, sloppy=0.3)", sft=600, steps=240)
     c = config.experiment()
     c.stages.tokenizer = config.tokenizer("bytes")
     c.stages.sft = config.stage(
@@ -26,7 +26,7 @@ def get_config(arg=""):
         eval_every=80,
         checkpoint_every=80,
         data=config.data(row_length=128, pack=False, heldout_rows=128),
-        optim=config.optim("muon", muon_lr=0.001, lr=0.0003, schedule="constant", warmup=0),
+        optim=config.optim("muon", muon_lr=0.001, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(a.task, group=1, minibatches=2, epochs=2, slots=128),
     )
     c.stages.evaluation = config.evaluation(a.task)
