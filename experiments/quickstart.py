@@ -4,7 +4,10 @@
 
 Pretraining on Python's own documentation; supervised fine-tuning (SFT) on demonstrations of three small tasks, of which
 three in ten are wrong, as people's are; reinforcement learning (GRPO) on two of them, from right or wrong alone; then
-every stage scored on the same held-out problems. 0.8M parameters.
+every stage scored on the same held-out problems. 0.8M parameters, 15 minutes on two cores. Expected: held-out bits per
+byte 6.13 -> 1.54; right answers after SFT and after RL: addition 72 -> 90 %, sorting 43 -> 65 %.
+
+`:control=shuffle` (zero, flip) gives RL rewards that must not help.
 """
 
 from lmtrain import config
@@ -17,7 +20,7 @@ ADDITION, SORTING, SPELLING = (
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=1000, sft=700, rl=80)
+    a = config.parse_arg(arg, steps=1000, sft=700, rl=80, control="none")
     model = config.model(layers=4, width=128, heads=4)
     c = config.experiment()
     # Few tokens beyond the 256 bytes: with so little compute, a large vocabulary would stay mostly unlearned.
@@ -53,7 +56,7 @@ def get_config(arg=""):
         data=config.data(row_length=128, pack=False, heldout_rows=128),
         loss=dict(negative=0.0),  # from the good replies alone, which keeps more of what only some samples can do
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
-        rollout=config.rollout(ADDITION, SORTING, group=16, slots=128, reference="none"),
+        rollout=config.rollout(ADDITION, SORTING, group=16, slots=128, control=a.control),
     )
     c.stages.evaluation = config.evaluation(ADDITION, SORTING, SPELLING, rows=256, samples=16)
     return c
