@@ -14,7 +14,9 @@ LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo")
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, loss="grpo", task="addition(reversed=True, sloppy=0.3)", sft=600, steps=60, group=16, control="none")
+    a = config.parse_arg(
+        arg, loss="grpo", task="addition(reversed=True, sloppy=0.3)", sft=600, steps=60, group=16, control="none"
+    )
     if a.loss not in LOSSES:
         raise flags.ConfigError(flags.unknown(a.loss, LOSSES, "a policy loss"))
     c = config.experiment()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmtrain import engine, experiment, log, optim, schema, step
+from lmtrain import compilation, engine, log, optim, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.models import attention as attention_lib
 from lmtrain.models import presets, transformer
@@ -40,7 +40,7 @@ def train(
         if not low <= value < 1 << 31:
             raise LmtrainError(f"--{name} is {value}, but takes at least {low}.")
     if cache:
-        experiment.use_compilation_cache()
+        compilation.use_cache()
     b, t, a, r = BATCHES.get(preset, (8, 1024, 1, "none"))
     rows, row_length, accumulate = rows or b, row_length or t, accumulate or a
     cfg = dataclasses.replace(presets.get(preset), attention=attention, remat=remat or r)
@@ -123,7 +123,7 @@ def generate(
         if not 1 <= value < 1 << 20:
             raise LmtrainError(f"--{name} is {value}, but takes at least 1.")
     if cache:
-        experiment.use_compilation_cache()
+        compilation.use_cache()
     cfg = presets.get(preset)
     cfg = transformer.resolve(cfg, cfg.vocab_size or VOCABULARY)
     mesh = mesh_lib.make(schema.Mesh()) if jax.device_count() > 1 else None

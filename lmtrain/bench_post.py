@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmtrain import bench, experiment, log, optim, schema, step
+from lmtrain import bench, compilation, log, optim, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, tokenizer
 from lmtrain.models import presets, transformer
@@ -49,7 +49,7 @@ def sft(
 
     Prints, last, one line of JSON; returns what it holds. tokens_per_second counts positions that hold a token.
     """
-    experiment.use_compilation_cache()
+    compilation.use_cache()
     model = _Trained(preset, sft_lib.sft, sft_lib.Sft(), accumulate)
     data = schema.Data(source="lmtrain.bench_post:chatter", row_length=row_length, heldout_rows=1)
     source, _ = conversations.build("chat", data, tokenizer.bytes_tokenizer(), rows, 0, progress=False)
@@ -120,7 +120,7 @@ def rl(
 
     Prints, last, one line of JSON; returns what it holds.
     """
-    experiment.use_compilation_cache()
+    compilation.use_cache()
     model = _Trained(preset, policy.grpo, policy.Grpo(), accumulate)
     task: Any = _Numbers(model.cfg.vocab_size)
     task.max_tokens = new

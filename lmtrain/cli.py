@@ -195,11 +195,11 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import experiment, runs
+    from lmtrain import compilation, runs
 
     if args.samples < 1:
         raise LmtrainError(f"--samples is {args.samples}, but takes at least 1.")
-    experiment.use_compilation_cache()
+    compilation.use_cache()
     run = runs.load(args.dir)
     for i in range(args.samples):
         pieces = run.stream(
@@ -220,9 +220,9 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import experiment, runs, tasks, terminal
+    from lmtrain import compilation, runs, tasks, terminal
 
-    experiment.use_compilation_cache()
+    compilation.use_cache()
     tools = tasks.get(args.tools) if args.tools else None
     run = runs.load(args.dir)
     replies = terminal.chat(

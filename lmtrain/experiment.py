@@ -10,7 +10,6 @@ runs/NAME/report.html
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, config, feeds, flags, log, preflight, runs, schema, scoring, train
+from lmtrain import checkpoint, compilation, config, feeds, flags, log, preflight, runs, schema, scoring, train
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -54,7 +53,7 @@ def run(
         experiment = config.override(experiment, overrides)
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
     folder = pathlib.Path(workdir)
-    use_compilation_cache()
+    compilation.use_cache()
     mesh = mesh_lib.make(e.mesh)
     preflight.check(e, mesh, folder)
     with runs.owned(folder):
@@ -294,16 +293,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in ~/.cache/lmtrain, apart for each kind of CPU; JAX_COMPILATION_CACHE_DIR moves it."""
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        cpu = pathlib.Path("/proc/cpuinfo")
-        flags = next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""
-        kind = hashlib.sha256(flags.encode()).hexdigest()[:8]
-        jax.config.update(
-            "jax_compilation_cache_dir", str(pathlib.Path("~/.cache/lmtrain").expanduser() / f"xla-{kind}")
-        )
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -15,6 +15,7 @@ ROOMS = {
     "config": {"types", "schema", "flags", "limits"},
     "mesh": {"types", "schema"},
     "log": {"types", "schema", "mesh"},
+    "compilation": set(),
     "data": BASE,
     "models": BASE,
     "optim": BASE,

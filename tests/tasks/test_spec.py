@@ -10,7 +10,17 @@ from lmtrain.types import LmtrainError
 
 
 def test_names_lists_the_files():
-    assert tasks.names() == ["addition", "calculator", "chatroom", "code", "gsm8k", "pydocs", "several", "sorting", "spelling"]
+    assert tasks.names() == [
+        "addition",
+        "calculator",
+        "chatroom",
+        "code",
+        "gsm8k",
+        "pydocs",
+        "several",
+        "sorting",
+        "spelling",
+    ]
     assert rewards.names() == ["ended", "facts", "length", "matches", "no_repetition", "on_topic"]
     for name in tasks.names():
         assert name in ("code", "gsm8k") or tasks.get(name).name == name
