@@ -4,8 +4,8 @@
     lmtrain run --config experiments/grpo.py:gspo,task=sorting --workdir runs/gspo
 
 Losses: grpo dapo dr_grpo gspo cispo rloo (objectives/policy.py; PPO has ppo.py). SFT on the task's own demonstrations
-comes first, from scratch, and stops early, so that there is something left to learn. The task: any of lmtrain/tasks,
-or "package.module:Class". `:control=shuffle` (zero, flip) gives rewards that must not help.
+comes first, from scratch; three in ten of them are wrong, which is what RL has to unlearn. The task: any of
+lmtrain/tasks, or "package.module:Class". `:control=shuffle` (zero, flip) gives rewards that must not help.
 """
 
 from lmtrain import config, flags

@@ -54,7 +54,7 @@ def get_config(arg=""):
         eval_every=25,
         checkpoint_every=25,
         data=config.data(row_length=128, pack=False, heldout_rows=128),
-        loss=dict(negative=0.0),  # from the good replies alone, which keeps more of what only some samples can do
+        loss=dict(negative=0.0),  # from the good replies alone (BUILD_NOTES.md)
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(ADDITION, SORTING, group=16, slots=128, control=a.control),
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    """Enters the jail, says on `status` that it did or why not, then plays the role it was given."""
     given = json.loads(sys.argv[1])
     sys.path.pop(0)  # this folder: before the paths that stay open are read off sys.path
     fds = given["fds"]

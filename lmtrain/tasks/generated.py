@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import operator
 import random
@@ -45,7 +46,7 @@ class Rows(Sequence[Row]):
         return self._make(k % self._length)
 
 
-class Generated:
+class Generated(abc.ABC):
     """A task that draws its problems. A subclass gives `name`, `max_tokens`, `draw`, `problem` and what a task has.
 
     Row i of a split is a function of (name, seed, split, i).
@@ -60,13 +61,13 @@ class Generated:
         self.seed, self.sloppy = seed, float(sloppy)
         self._held: list[Row] | None = None
 
+    @abc.abstractmethod
     def draw(self, rng: random.Random) -> Row:
         """A row of either split."""
-        raise NotImplementedError(f"{type(self).__name__}.draw(rng)")
 
+    @abc.abstractmethod
     def problem(self, row: Row) -> str:
         """What makes two rows the same problem, in whichever wording or order: rows with one text are on one side."""
-        raise NotImplementedError(f"{type(self).__name__}.problem(row)")
 
     def slip(self, row: Row) -> random.Random | None:
         """What a wrong demonstration of a row is drawn from; None where its demonstration is right.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,7 +12,7 @@ from lmtrain.tasks.generated import Row, check_split, held_out
 from lmtrain.types import LmtrainError, nearest
 
 
-class Listed:
+class Listed(abc.ABC):
     """A subclass gives `name`, `max_tokens`, `load`, `problem` and the rest of the contract.
 
     Rows of a split come in an order that is random and always the same. A problem that is listed twice counts once.
@@ -23,13 +24,13 @@ class Listed:
     def __init__(self) -> None:
         self._rows: dict[str, list[Row]] = {}
 
+    @abc.abstractmethod
     def load(self) -> Iterable[tuple[Row, bool | None]]:
         """(row, is it held out?) of every problem; None: its hash decides."""
-        raise NotImplementedError(f"{type(self).__name__}.load()")
 
+    @abc.abstractmethod
     def problem(self, row: Row) -> str:
         """What makes two rows the same problem."""
-        raise NotImplementedError(f"{type(self).__name__}.problem(row)")
 
     def rows(self, split: str) -> Sequence[Row]:
         """All of a split, read once.
