@@ -7,8 +7,9 @@ tokens), what is done with it (clipped, or a weight), and what weighs the same (
 constant). A fourth, the advantage, is made before, in common.py: settings name theirs as ADVANTAGE.
 
 The batch's old_logps_BT are the learner's own, at the sampling temperature, worked out before the first update of a
-rollout, so the ratio starts at 1 exactly as far as the arithmetic repeats. sampler_logps_BT are the engine's: never
-quite the same, and `is_cap` corrects for that. Both ways a reply must come from the full distribution: top-k or top-p
+rollout, so the ratio starts at 1 exactly as far as the arithmetic repeats. A batch without them is that first update:
+the ratio is 1, and only its gradient is left. sampler_logps_BT are the engine's: never quite the same, and `is_cap`
+corrects for that. Both ways a reply must come from the full distribution: top-k or top-p
 sample from another one than either has.
 """
 
@@ -41,6 +42,7 @@ class Policy:
 
     SOURCE: ClassVar[str] = "rollout"
     ADVANTAGE: ClassVar[str] = "group"
+    ON_POLICY: ClassVar[bool] = True  # old_logps_BT may be left out of a rollout's only update
 
     temperature: float = 1.0  # what the replies were sampled at: log-probabilities are taken at the same
     negative: float = 1.0  # weight of what was worse than its baseline (arXiv 2506.01347); 0: learn from the good alone
@@ -125,8 +127,8 @@ def policy(
 
     Args:
       out: of `read`.
-      batch: with advantages_BT, old_logps_BT; optionally sampler_logps_BT (needed where cfg.is_cap) and ref_logps_BT
-        (needed where cfg.beta).
+      batch: with advantages_BT; old_logps_BT, but in the only update of a rollout; optionally sampler_logps_BT (needed
+        where cfg.is_cap) and ref_logps_BT (needed where cfg.beta).
 
     Metrics, means over the policy's tokens: entropy; ratio and its largest (ratio_max); clipped, and its parts
     clipped_low and clipped_high; k1 and k3 where there is a reference; sampler_gap, |log p of sampler - of learner|.
@@ -138,7 +140,7 @@ def policy(
     def ratio(logps_BT, other_BT):
         return jnp.exp(jnp.clip(ratio_of(logps_BT - other_BT, w_BT, segments_BT), -LARGEST, LARGEST))
 
-    old_BT = common.own(batch, "old_logps_BT")
+    old_BT = common.own(batch, "old_logps_BT") if "old_logps_BT" in batch else jax.lax.stop_gradient(logps_BT)
     ratio_BT = ratio(logps_BT, old_BT)
     advantages_BT = common.own(batch, "advantages_BT")
     advantages_BT *= jnp.where(advantages_BT < 0, cfg.negative, 1.0)

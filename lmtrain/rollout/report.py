@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lmtrain.objectives import common
 from lmtrain.rollout.episodes import Episode
 
 
@@ -16,8 +17,8 @@ def rollout(
 
     Args:
       rewards_PG: what each conversation's advantage is made of.
-      measured: by array name, each conversation's numbers at its positions: learner's and sampler's log-probabilities,
-        and the weights that mark the policy's own tokens.
+      measured: by array name, numbers at the positions of these conversations or of some of them: learner's, sampler's
+        and (where there is one) reference's log-probabilities, and the weights that mark the policy's own tokens.
       replaced: prompts whose groups were given up for others, since all their replies scored alike.
 
     Returns:
@@ -46,6 +47,15 @@ def rollout(
         gap = np.abs(sampler - old)
         out |= {"gap_mean": gap.mean(), "gap_p95": np.quantile(gap, 0.95)}
     return {name: float(value) for name, value in out.items()}
+
+
+def divergence(measured: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
+    """k1 and k3 of the policy from the reference (common.kl), for where the objective has not the numbers to tell."""
+    if "ref_logps_BT" not in measured:
+        return {}
+    own = np.concatenate([w > 0 for w in measured["weights_BT"]])
+    policy, reference = (np.concatenate(measured[name])[own] for name in ("old_logps_BT", "ref_logps_BT"))
+    return {k: float(np.mean(common.kl(policy, reference, k))) if own.any() else 0.0 for k in ("k1", "k3")}
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:

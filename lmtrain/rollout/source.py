@@ -34,6 +34,9 @@ from lmtrain.rollout.episodes import Episode, User
 from lmtrain.rollout.rewards import Reward
 from lmtrain.types import Batch, Frozen, LmtrainError, Params
 
+#: Of a rollout that is measured for its diagnostics alone, every so manieth conversation is.
+SAMPLED = 8
+
 
 @dataclasses.dataclass
 class Rollouts:
@@ -75,6 +78,13 @@ class Rollouts:
         self._prompts = size // r.group
         self._engine = Engine(self.forward.cfg, self.mesh, slots=min(r.slots, size))
         self._measure = _measure(self.forward, r.temperature, values=self.advantage == "gae")
+        # The first update of a rollout is by the policy that sampled it, so its own log-probabilities are the old ones:
+        # no forward pass is needed for them, unless something reads more of it.
+        self._sampled = (
+            r.epochs * r.minibatches == 1
+            and getattr(self.cfg.loss, "ON_POLICY", False)
+            and not (getattr(self.cfg.loss, "REFERENCE", False) or r.kl_reward or self.advantage == "gae")
+        )
         self._orders = [
             grain.MapDataset.range(len(task.rows("train"))).shuffle(seed=play_lib.seed_of(self.seed, i)).repeat()
             for i, task in enumerate(self.tasks)
@@ -155,13 +165,16 @@ class Rollouts:
         # ------------------------------------------------------------ what learner and reference make of them
         longest = max(len(e.tokens) for e in played)
         length = self.cfg.data.row_length if self.cfg.data.pack else min(self._round(longest), self.cfg.data.row_length)
-        places, measured = self._log_probabilities(params, played, length)
-        credit = measured | self._advantages(rewards_PG, measured)
+        watched = played[:: SAMPLED if len(played) > SAMPLED else 1] if self._sampled else played
+        measured = self._log_probabilities(params, watched, length)
+        credit = self._advantages(rewards_PG, measured) | ({} if self._sampled else measured)
         self._report = report.rollout(played, rewards_PG, measured, dropped) | {
             "seconds_generate": generated - begin,
             "seconds_learn": learned,
             "generated_tokens_per_second": sum(e.length for e in played) / (generated - begin),
         }
+        if self._sampled:
+            self._report |= report.divergence(measured)
         if learned:
             self._report["learned_tokens_per_second"] = self._tokens / learned
         self._tokens = sum(len(e.tokens) for e in played) * r.epochs
@@ -216,15 +229,15 @@ class Rollouts:
         return -rewards_PG if r.control == "flip" else rewards_PG
 
     # ---------------------------------------------------------------------------------------------- measuring
-    def _log_probabilities(self, params: Params, played: Sequence[Episode], length: int):
-        """The whole rollout, in batches of one update's size.
+    def _log_probabilities(self, params: Params, played: Sequence[Episode], length: int) -> dict[str, list[np.ndarray]]:
+        """These conversations, in batches of at most one update's size.
 
         Returns:
-          (places, {array name: each conversation's numbers at its positions but the last}): log-probabilities of
-          learner, reference and sampler, values, and the weights that mark the policy's own tokens.
+          {array name: each conversation's numbers at its positions but the last}: log-probabilities of learner,
+          reference and sampler, values, and the weights that mark the policy's own tokens.
         """
         places, count = rows.place([len(e.tokens) for e in played], length, self.cfg.data.pack)
-        size = self._rows_of(count, self.cfg.batch_size)
+        size = self._rows_of(count, min(len(played), self.cfg.batch_size))
         whole = rows.batch(played, places, -(-count // size) * size, length, self.pad)
         parts: list[dict[str, np.ndarray]] = []
         index, shares = mesh_lib.share(self.mesh)
@@ -236,25 +249,25 @@ class Rollouts:
         measured = {name: rows.gather(x, played, places) for name, x in joined.items()}
         measured["sampler_logps_BT"] = rows.gather(whole["sampler_logps_BT"], played, places)
         measured["weights_BT"] = rows.gather(whole["weights_BT"], played, places)
-        return places, measured
+        return measured
 
     def _advantages(self, rewards_PG: np.ndarray, measured: dict[str, list[np.ndarray]]) -> dict[str, list[Any]]:
         """What each conversation's positions are credited with, by array name."""
         r, own = self.cfg.rollout, measured["weights_BT"]
-        kl = [np.zeros_like(w) for w in own]
+        if self.advantage == "none":
+            return {}
+        kl = [np.zeros(1, np.float32)] * rewards_PG.size
         if r.kl_reward and "ref_logps_BT" in measured:
             kl = [
                 r.kl_reward * (old - ref) * w
                 for old, ref, w in zip(measured["old_logps_BT"], measured["ref_logps_BT"], own, strict=True)
             ]
-        if self.advantage == "none":
-            return {}
         if self.advantage == "gae":
             adv, returns = [], []
             for value, w, k, reward in zip(measured["old_values_BT"], own, kl, rewards_PG.reshape(-1), strict=True):
                 a, g = np.zeros_like(w), np.zeros_like(w)
                 at = np.flatnonzero(w)
-                a[at], g[at] = common.gae(float(reward), value[at], r.gamma, r.lam, -k[at])
+                a[at], g[at] = common.gae(float(reward), value[at], r.gamma, r.lam, -np.broadcast_to(k, w.shape)[at])
                 adv.append(a)
                 returns.append(g)
             adv = common.whiten(adv, own)
@@ -279,14 +292,14 @@ class Rollouts:
         return batch
 
     def _rows_of(self, count: int, most: int) -> int:
-        """Rows of a batch for so many used ones: few different sizes, each a multiple of what the mesh splits."""
-        if not self.cfg.data.pack:
-            return most
+        """Rows of a batch for so many used ones: few different sizes (each is compiled), of which at most a quarter is
+        padding, each a multiple of what the mesh splits."""
         ways = self.cfg.accumulate * mesh_lib.batch_shards(self.mesh)
-        size = ways
-        while size < count:
-            size *= 2
-        return size
+        if not self.cfg.data.pack:
+            return -(-most // ways) * ways
+        parts = -(-count // ways)
+        step = 1 << max(0, (parts - 1).bit_length() - 3)
+        return -(-parts // step) * step * ways
 
     def _round(self, length: int) -> int:
         """A few lengths of rows only, each compiled once; Splash takes multiples of 128."""

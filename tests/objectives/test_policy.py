@@ -169,11 +169,14 @@ def test_what_is_watched(toy, talks):
 
 
 # ---------------------------------------------------------------------------------------------------------- properties
+@pytest.mark.parametrize("left_out", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_at_the_first_update_every_ratio_is_one_and_all_losses_are_reinforce(toy, talks, name):
+def test_at_the_first_update_every_ratio_is_one_and_all_losses_are_reinforce(toy, talks, name, left_out):
     params = toy.parameters()
     fresh = [c | {"old_logps": toy.logps(params, c), "returns": toy.parameters()["value"][c["tokens"]]} for c in talks]
     fresh = [c | {"old_values": c["returns"]} for c in fresh]
+    if left_out:
+        fresh = [{k: v for k, v in c.items() if k != "old_logps"} for c in fresh]
     _, _, metrics, grad = toy.run(getattr(policy, name), params, toy.rows(fresh, PACKED, T), METHODS[name][0]())
     assert metrics["ratio"] == pytest.approx(1, abs=1e-12) and metrics["ratio_max"] == pytest.approx(1, abs=1e-12)
     assert metrics["clipped"] == 0

@@ -1,5 +1,6 @@
 """Rollouts as a source: what the batches hold, that they are the same again, and that nothing is lost on the way."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from lmtrain import schema
 from lmtrain.models import transformer
+from lmtrain.objectives import policy
 from lmtrain.types import Frozen, LmtrainError
 from tests.rollout import toys
 
@@ -32,7 +34,7 @@ def test_advantages_of_a_group_sum_to_zero_and_weigh_only_what_was_sampled():
 
 
 def test_the_sampler_and_the_learner_agree_on_every_sampled_token():
-    source = toys.source(toys.stage(temperature=0.8, truncated="keep"))
+    source = toys.source(toys.stage(temperature=0.8, truncated="keep", epochs=2))
     batch = source.next(toys.params())
     w = batch["weights_BT"] > 0
     assert w.sum() > 20
@@ -103,7 +105,7 @@ def test_every_conversation_is_learned_from_once_an_epoch():
 
 def test_packed_rows_hold_what_single_rows_hold():
     one, packed = (
-        toys.source(toys.stage(data={"pack": p}, truncated="keep")).next(toys.params()) for p in (False, True)
+        toys.source(toys.stage(data={"pack": p}, truncated="keep", epochs=2)).next(toys.params()) for p in (False, True)
     )
     assert len(packed["tokens_BT"]) < len(one["tokens_BT"])
 
@@ -170,12 +172,47 @@ def test_overlong_replies_cost_in_proportion():
 
 
 def test_the_reference_is_the_frozen_model():
-    forward = transformer.Forward(toys.MODEL, toys.mesh())
-    same = toys.source(reference=Frozen(toys.params(0), forward))
+    forward, twice = transformer.Forward(toys.MODEL, toys.mesh()), toys.stage(epochs=2)
+    same = toys.source(twice, reference=Frozen(toys.params(0), forward))
     batch = same.next(toys.params(0))
     np.testing.assert_allclose(batch["ref_logps_BT"], batch["old_logps_BT"], atol=1e-6)
-    other = toys.source(reference=Frozen(toys.params(1), forward)).next(toys.params(0))
+    other = toys.source(twice, reference=Frozen(toys.params(1), forward)).next(toys.params(0))
     assert np.abs(other["ref_logps_BT"] - other["old_logps_BT"]).max() > 0.1
+
+
+def test_the_only_update_of_a_rollout_measures_a_part_of_it_and_reports_the_same():
+    forward = transformer.Forward(toys.MODEL, toys.mesh())
+    once, twice = (
+        toys.source(toys.stage(epochs=n, batch_size=64), reference=Frozen(toys.params(1), forward)) for n in (1, 2)
+    )
+    batch, whole = (source.next(toys.params(0)) for source in (once, twice))
+    assert not {"old_logps_BT", "ref_logps_BT"} & set(batch) and {"old_logps_BT", "ref_logps_BT"} <= set(whole)
+    for name in ("tokens_BT", "advantages_BT", "weights_BT"):
+        np.testing.assert_array_equal(batch[name], whole[name])
+    w = whole["weights_BT"] > 0
+    d = (whole["ref_logps_BT"] - whole["old_logps_BT"])[w]
+    assert once.report()["k3"] == pytest.approx(np.mean(np.exp(d) - 1 - d), rel=0.5)
+    assert 0 < once.report()["gap_p95"] < 1e-4
+    assert set(once.report()) == set(twice.report()) | {"k1", "k3"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"minibatches": 2},
+        {"epochs": 2},
+        {"kl_reward": 0.1},
+        {"loss": policy.Dapo(beta=0.1)},
+        {"advantage": "gae"},
+        {"loss": object()},
+    ],
+)
+def test_whoever_reads_the_old_log_probabilities_gets_them(changed):
+    advantage, loss = changed.pop("advantage", "group"), changed.pop("loss", policy.Dapo())
+    cfg = dataclasses.replace(toys.stage(**changed), loss=loss)
+    model = dataclasses.replace(toys.MODEL, scalar_head=True)
+    batch = toys.source(cfg, advantage=advantage, model=model).next(toys.params(model=model))
+    assert "old_logps_BT" in batch
 
 
 def test_a_divergence_in_the_reward_changes_the_advantages():
