@@ -1,15 +1,17 @@
 # Everything starts here; a machine with Python 3.11 or later and make is enough.
 #   make quickstart   trains a small language model on the documentation of Python itself
 #   make test         the fast tests;  make test-all  the slow ones too;  make lint  ruff and mypy
+#   make test-peers   what is compared with PyTorch and TRL, which get an environment of their own
 PYTHON ?= python3
 VENV   ?= .venv
+PEERS  ?= .venv-peers
 WORKDIR ?= runs/quickstart
 BIN    := $(VENV)/bin
 INSTALL = if command -v uv >/dev/null; \
 	then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; fi
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-peers lint clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/lmtrain run --config experiments/quickstart.py --workdir $(WORKDIR)
@@ -20,13 +22,16 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "slow or not slow"
 
+test-peers: $(PEERS)/.done
+	$(PEERS)/bin/python -m pytest -q -rs tests/objectives/test_trl.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) $(VENV); else $(PYTHON) -m venv $(VENV); fi
@@ -42,3 +47,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing lmtrain and what its tests need into $(VENV) (once)"
 	@$(INSTALL)
 	@touch $@ $(VENV)/.run
+
+# PyTorch first and by itself, by plain pip: its build without a GPU's libraries, which others would drag in.
+$(PEERS)/.done: pyproject.toml constraints.txt
+	@echo "installing PyTorch and TRL into $(PEERS) (once)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" trl==1.8.0 requests
+	@touch $@
