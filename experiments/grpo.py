@@ -34,7 +34,7 @@ def get_config(arg=""):
         batch_size=128,
         eval_every=20,
         checkpoint_every=20,
-        data=config.data(row_length=128, pack=False, heldout_rows=128),
+        data=config.data(row_length=128, heldout_rows=128),
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(a.task, group=a.group, slots=128, control=a.control),
     )

@@ -25,7 +25,7 @@ def get_config(arg=""):
         batch_size=64,
         eval_every=80,
         checkpoint_every=80,
-        data=config.data(row_length=128, pack=False, heldout_rows=128),
+        data=config.data(row_length=128, heldout_rows=128),
         optim=config.optim("muon", muon_lr=0.001, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(a.task, group=1, minibatches=2, epochs=2, slots=128),
     )

@@ -20,7 +20,7 @@ ADDITION, SORTING, SPELLING = (
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=750, sft=1000, rl=90, control="none")
+    a = config.parse_arg(arg, steps=1000, sft=1000, rl=90, control="none")
     model = config.model(layers=4, width=128, heads=4)
     c = config.experiment()
     # Few tokens beyond the 256 bytes: with so little compute, a large vocabulary would stay mostly unlearned.

@@ -116,7 +116,7 @@ def _even(episodes: Sequence[Episode]) -> list[dict[str, float]]:
 def rl(
     preset: str = "S", prompts: int = 4, group: int = 8, new: int = 64, accumulate: int = 4, steps: int = 5
 ) -> dict[str, Any]:
-    """Times GRPO steps: replies of `new` tokens, their rewards, the learner's own log-probabilities, one update.
+    """Times GRPO steps: replies of `new` tokens, their rewards, one update.
 
     Prints, last, one line of JSON; returns what it holds.
     """
@@ -125,7 +125,7 @@ def rl(
     task: Any = _Numbers(model.cfg.vocab_size)
     task.max_tokens = new
     stage = schema.Stage(
-        objective="grpo", batch_size=prompts * group, accumulate=accumulate,
+        objective="grpo", loss=policy.Grpo(), batch_size=prompts * group, accumulate=accumulate,
         data=schema.Data(row_length=16 + new, pack=False),
         rollout=schema.Rollout(group=group, slots=prompts * group, turns=1, truncated="keep"),
     )  # fmt: skip

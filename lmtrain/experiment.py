@@ -171,7 +171,8 @@ def training_stage(
         f"{here}: {counted['total']:,} parameters, {feed.says}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
     over = f", {feed.passes:.1f} passes over the data" if feed.passes else ""
-    log.say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.data.row_length} tokens{over}; compiling")
+    rows = "conversations in rows" if feeds.kind(cfg) == "rollout" else "rows"
+    log.say(f"{cfg.steps:,} steps of {cfg.batch_size} {rows} of {cfg.data.row_length} tokens{over}; compiling")
 
     parts = train.Parts(
         cfg=cfg,
