@@ -37,8 +37,8 @@ from lmtrain import log
 from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
 from lmtrain.types import LmtrainError, Params, TrainState
 
-__all__ = ["Checkpoints", "load_params", "newest_sound", "params_sha256", "read_manifest", "read_meta", "steps",
-           "verify", "write_manifest"]  # fmt: skip
+__all__ = ["Checkpoints", "identity", "load_params", "newest_sound", "params_sha256", "read_manifest", "read_meta",
+           "steps", "verify", "write_manifest"]  # fmt: skip
 
 
 class Checkpoints:
@@ -193,6 +193,12 @@ class Checkpoints:
 def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
     """The `meta` saved with a step (None: the newest sound one)."""
     return read_manifest(folder, newest_sound(folder) if step is None else step)["meta"]
+
+
+def identity(folder: Folder) -> str:
+    """A hash that stands for the newest sound checkpoint."""
+    files = read_manifest(folder, newest_sound(folder))["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def load_params(folder: Folder, step: int | None = None, shardings: Any = None) -> Params:

@@ -10,6 +10,7 @@ rollout     tasks, answered by the current parameters (rollout/source.py)      g
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,6 +62,7 @@ class Stage:
     folder: pathlib.Path  # the run's
     name: str
     initial: Callable[[], Params] | None
+    origin: str = ""  # hash of the checkpoint that `initial` reads
 
 
 def kind(cfg: schema.Stage) -> str:
@@ -192,7 +194,7 @@ def add_reference(s: Stage, tables: dict[str, Conversations]) -> None:
     start: Frozen | None = None
     logps = jax.jit(lambda f, batch: f.forward.logps(f.params, batch), out_shardings=mesh_lib.replicated(s.mesh))
     for name, table in tables.items():
-        file = s.folder / s.name / f"reference-{table.identity['corpus'][:16]}.npy"
+        file = s.folder / s.name / f"reference-{table.identity['corpus'][:16]}-{s.origin[:16]}.npy"
         if file.exists():
             table.attach("ref_logps_BT", np.load(file))
             continue
@@ -206,7 +208,10 @@ def add_reference(s: Stage, tables: dict[str, Conversations]) -> None:
         table.attach("ref_logps_BT", np.concatenate(out)[: len(table)])
         if jax.process_index() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, table.extra["ref_logps_BT"])
+            half = file.with_suffix(".half")
+            with half.open("wb") as out_file:
+                np.save(out_file, table.extra["ref_logps_BT"])
+            os.replace(half, file)
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -215,13 +220,24 @@ def rollout(s: Stage) -> Feed:
     cfg, r = s.cfg, s.cfg.rollout
     template = chat.Template(s.tokenizer, cfg.data.template)
     made = rewards.get_tasks(r.tasks)
+    plain = tuple(r.rewards) == ("score",)  # what the evaluation takes by itself, without scoring twice
     reward = rewards.make(r.rewards, lambda run: frozen(run, s), s.tokenizer.pad)
     user = users.ModelUser(frozen(r.user, s), template, s.mesh, slots=r.slots) if r.user else episodes.scripted
     advantage = r.advantage if r.advantage != "auto" else getattr(cfg.loss, "ADVANTAGE", "none")
     if advantage not in ADVANTAGES:
         raise schema.ConfigError(f"rollout.advantage: {flags.unknown(advantage, ADVANTAGES, 'a kind of advantage')}")
     source = Rollouts(
-        cfg, s.forward, s.mesh, template, made, reward, advantage, s.tokenizer.pad, s.seed, reference(s), user
+        cfg,
+        s.forward,
+        s.mesh,
+        template,
+        list(made.values()),
+        reward,
+        advantage,
+        s.tokenizer.pad,
+        s.seed,
+        reference(s),
+        user,
     )
     player = engine.Engine(s.forward.cfg, s.mesh, slots=r.slots)
 
@@ -229,21 +245,22 @@ def rollout(s: Stage) -> Feed:
         """Sampled once for each of data.heldout_rows held-out rows of every task."""
         numbers: dict[str, float] = {}
         texts: list[str] = []
-        for task in made:
+        for name, task in made.items():
             found = scores_lib.score(
                 player, params, template, task, rows=cfg.data.heldout_rows, temperature=r.temperature, turns=r.turns,
-                max_tokens=r.max_tokens, longest=cfg.data.row_length, seed=s.seed, user=user, reward=reward,
+                max_tokens=r.max_tokens, longest=cfg.data.row_length, seed=s.seed, user=user,
+                reward=None if plain else reward,
             )  # fmt: skip
             low, high = found.summary["ci95"]
-            numbers |= {f"heldout_{task.name}": found.summary["score"], f"heldout_{task.name}_low": low}
-            numbers |= {f"heldout_{task.name}_high": high, f"heldout_{task.name}_rows": found.summary["rows"]}
+            numbers |= {f"heldout_{name}": found.summary["score"], f"heldout_{name}_low": low}
+            numbers |= {f"heldout_{name}_high": high, f"heldout_{name}_rows": found.summary["rows"]}
             if len(found.summary["parts"]) > 1:
-                numbers |= {f"heldout_{task.name}_{part}": v for part, v in found.summary["parts"].items()}
+                numbers |= {f"heldout_{name}_{part}": v for part, v in found.summary["parts"].items()}
             texts += [episodes.transcript(e) for e in found.played[: cfg.samples]]
-        numbers["heldout_score"] = sum(numbers[f"heldout_{t.name}"] for t in made) / len(made)
+        numbers["heldout_score"] = sum(numbers[f"heldout_{name}"] for name in made) / len(made)
         return numbers, texts
 
-    return Feed(source=source, says=source.summary(), score=score, tasks=[task.name for task in made])
+    return Feed(source=source, says=source.summary(), score=score, tasks=list(made))
 
 
 ADVANTAGES = ("group", "group_mean", "leave_one_out", "gae", "none")

@@ -261,6 +261,11 @@ def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     return out
 
 
+def from_first(x: np.ndarray) -> np.ndarray:
+    """What process 0 has, for all of them."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(x)) if jax.process_count() > 1 else x
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here. Nothing to wait for where there is one."""
     if jax.process_count() > 1:

@@ -74,7 +74,7 @@ def check_feed(stage: schema.Stage, before: list[str]) -> None:
             "stage before it, or set init_from to a run."
         )
     if what == "rollout":
-        rewards.get_tasks(r.tasks)
+        check_rollout(stage, list(rewards.get_tasks(r.tasks).values()))
         rewards.make(r.rewards, exists, 0)
         for run in (r.user, r.reference):
             if run not in ("", "start", "none"):
@@ -87,6 +87,29 @@ def check_feed(stage: schema.Stage, before: list[str]) -> None:
         conversations.preflight(what, stage.data)
     if stage.teacher:
         exists(stage.teacher)
+
+
+def check_rollout(stage: schema.Stage, tasks: list[Any]) -> None:
+    """Refuses settings of a rollout that contradict one another."""
+    r, loss = stage.rollout, stage.loss
+    takes = getattr(loss, "ADVANTAGE", "none")
+    given = takes if r.advantage == "auto" else r.advantage
+    limit = r.max_tokens or min(task.max_tokens for task in tasks)
+    wrong = ""
+    if r.reference == "none" and (getattr(loss, "REFERENCE", False) or r.kl_reward):
+        wrong = "reference is 'none', but loss.beta or rollout.kl_reward compares with one; leave it at 'start'"
+    elif takes == "gae" != given:
+        wrong = f"advantage is {given!r}, but {stage.objective} learns values and takes 'gae'"
+    elif takes != "none" and given == "none":
+        wrong = f"advantage is 'none', but {stage.objective} weighs replies by theirs; leave it at 'auto'"
+    elif r.dynamic and r.group == 1:
+        wrong = f"dynamic is {r.dynamic}, but in a group of one (rollout.group) no replies differ; set it to 0"
+    elif r.overlong >= limit:
+        wrong = f"overlong is {r.overlong}, but a reply has at most {limit} tokens; set fewer"
+    elif r.demonstrations and takes != "none":
+        wrong = f"demonstrations is {r.demonstrations}, but {stage.objective} learns from its own replies; set it to 0"
+    if wrong:
+        raise schema.ConfigError(f"rollout.{wrong}.")
 
 
 def check_source(data: schema.Data) -> None:

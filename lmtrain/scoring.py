@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Scores what has not been scored yet, writes summary.json, prints the table. Goes on where it was stopped."""
     here = folder / name
-    made = {task.name: task for task in rewards.get_tasks(cfg.tasks)}
+    made = rewards.get_tasks(cfg.tasks)
     settings = dataclasses.asdict(cfg) | {"seed": e.seed}
     known = runs.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
     results: dict[str, Scores] = {}
@@ -115,7 +115,7 @@ def table(results: dict[str, Scores]) -> str:
     """The scores as text: a line for each task and stage."""
     if not results:
         raise LmtrainError("nothing was scored.")
-    lines = [f"{'held-out task':<22}{'after':<12}{'pass@1':>8}  {'95 % interval':<16}{'best k':>14}{'majority':>10}"]
+    lines = [f"{'held-out task':<22}{'after':<12}{'score':>8}  {'95 % interval':<16}{'best k':>14}{'majority':>10}"]
     for task in next(iter(results.values())):
         for i, (stage, scores) in enumerate(results.items()):
             s = scores[task]
@@ -126,5 +126,8 @@ def table(results: dict[str, Scores]) -> str:
             columns = f"{s['score']:>8.1%}  {f'{low:.1%} to {high:.1%}':<16}{f'{k} {s[k]:.1%}':>14}{vote:>10}"
             lines.append(f"{shown:<22}{stage:<12}{columns}")
     first = next(iter(next(iter(results.values())).values()))
-    lines.append(f"({first['rows']} rows a task, {first['samples']} replies each; intervals are of pass@1, over rows)")
+    lines.append(
+        f"({first['rows']} rows a task, {first['samples']} replies each; the score is pass@1 where a reply is right or "
+        "wrong; intervals are over rows)"
+    )
     return "\n".join(lines)

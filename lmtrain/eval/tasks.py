@@ -69,7 +69,8 @@ def score(
     )  # fmt: skip
     total = (reward or rewards.Reward(((1.0, rewards.score),)))(played)
     score_RS = total.reshape(count, samples)
-    own_RS = np.array([np.mean(list(rewards.task_score(e).values())) for e in played]).reshape(count, samples)
+    own = total if reward is None else [np.mean(list(rewards.task_score(e).values())) for e in played]
+    own_RS = np.array(own).reshape(count, samples)
     right_R = (own_RS >= PASSED).sum(axis=1)
     summary: dict[str, Any] = {"score": float(score_RS.mean()), "ci95": passk.interval(score_RS), "rows": count,
                                "samples": samples}  # fmt: skip

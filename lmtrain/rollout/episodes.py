@@ -31,6 +31,7 @@ class Episode:
       own: for each token, whether the policy sampled it (its end-of-turn token included).
       logps: for each token, the sampler's log-probability; 0 where it sampled nothing.
       truncated: the last reply was cut by a limit.
+      shown: it is the task's demonstration, not sampled.
       scores: parts of the reward, filled in by who scores it.
     """
 
@@ -43,6 +44,7 @@ class Episode:
     logps: list[float]
     truncated: bool = False
     turns: int = 0
+    shown: bool = False
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,7 +94,7 @@ def demonstrate(e: Episode, template: Template, longest: int) -> None:
     if len(ids) > longest:
         raise LmtrainError(f"task {e.task.name}: a solution of {len(ids)} tokens, in rows of {longest}: {e.row}")
     e.tokens, e.own, e.logps = ids.tolist(), (weights > 0).tolist(), [0.0] * len(ids)
-    e.turns = sum(m["role"] == "assistant" for m in e.messages)
+    e.turns, e.shown = sum(m["role"] == "assistant" for m in e.messages), True
 
 
 def scripted(episodes: Sequence[Episode]) -> list[list[Message] | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmtrain import mesh as mesh_lib
 from lmtrain import tasks
 from lmtrain.rollout import rows
 from lmtrain.rollout.episodes import Episode
@@ -34,11 +35,16 @@ class Reward:
 
     def __call__(self, episodes: Sequence[Episode]) -> np.ndarray:
         """The reward of every conversation, float64 [n]; each one's `scores` get its parts and their mean, "reward"."""
-        total = np.zeros(len(episodes))
-        for weight, part in self.parts:
+        total, whole = np.zeros(len(episodes)), sum(weight for weight, _ in self.parts)
+        for e in episodes:
+            e.scores = {}
+        for k, (weight, part) in enumerate(self.parts, start=1):
             for i, (e, scores) in enumerate(zip(episodes, part(episodes), strict=True)):
-                e.scores |= scores
-                total[i] += weight * sum(scores.values()) / len(scores) / sum(w for w, _ in self.parts)
+                # Two parts may be of one name (length of the task's and of tasks/rewards.py): both are told.
+                e.scores |= {f"{name}_{k}" if name in e.scores else name: value for name, value in scores.items()}
+                total[i] += weight * sum(scores.values()) / len(scores)
+        # One process decides, for a score may depend on the clock (a program's time limit), and all must learn alike.
+        total = mesh_lib.from_first(total / whole)
         for e, value in zip(episodes, total, strict=True):
             e.scores["reward"] = float(value)
         return total
@@ -99,19 +105,27 @@ def task_score(e: Episode) -> dict[str, float]:
 
 
 def plain(name: str, function: Callable[[dict, list], Any]) -> Part:
-    """A function of (row, messages) as a part; tasks.rewards has checked what it gives."""
+    """A function of (row, messages) as a part; tasks.rewards has checked what it gives. 0 for what was cut."""
+
+    def one(e: Episode) -> dict[str, float]:
+        value = function(e.row, e.messages)
+        found = value if isinstance(value, dict) else {name: value}
+        return {k: 0.0 for k in found} if e.truncated else found
 
     def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
-        found = [function(e.row, e.messages) for e in episodes]
-        return [value if isinstance(value, dict) else {name: value} for value in found]
+        return [one(e) for e in episodes]
 
     return part
 
 
 def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
     """A reward model's part: sigmoid of its score, the probability (Bradley-Terry) that this conversation is preferred
-    to one of score 0. So many conversations at a time."""
-    scores = jax.jit(lambda f, batch: f.forward.scalar(f.params, f.forward.hidden(f.params, batch)[0]))
+    to one of score 0. So many conversations at a time. 0 for what was cut."""
+    mesh = getattr(frozen, "forward", None) and frozen.forward.mesh  # (before a run, only its name is looked up)
+    scores = jax.jit(
+        lambda f, batch: f.forward.scalar(f.params, f.forward.hidden(f.params, batch)[0]),
+        out_shardings=mesh_lib.replicated(mesh) if mesh is not None else None,
+    )
 
     def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
         out = []
@@ -123,7 +137,8 @@ def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
             score_BT = np.asarray(scores(frozen, {k: batch[k] for k in ("tokens_BT", "segments_BT", "positions_BT")}))
             for i, e in enumerate(some):
                 value = float(score_BT[i, len(e.tokens) - 1])
-                out.append({"model": _checked(1 / (1 + math.exp(-value)), "reward model", e)})
+                likely = 0.0 if e.truncated else 1 / (1 + math.exp(-value))
+                out.append({"model": _checked(likely, "reward model", e)})
         return out
 
     return part
@@ -137,12 +152,18 @@ def _checked(value: Any, what: str, e: Episode) -> float:
     return float(value)
 
 
-def get_tasks(specs: Sequence[str]) -> list[Any]:
-    """The tasks of a configuration.
+def get_tasks(specs: Sequence[str]) -> dict[str, Any]:
+    """The tasks of a configuration, by the name that their scores get: the task's own, or where several have that one,
+    what was written ("addition(digits=2)").
 
     Raises:
-      ConfigError: none, or an unknown one.
+      ConfigError: none, an unknown one, or one twice.
     """
     if not specs:
         raise ConfigError("rollout.tasks is empty, but takes at least one task, such as ('addition',).")
-    return [tasks.get(spec) for spec in specs]
+    made = [(spec.strip(), tasks.get(spec)) for spec in specs]
+    names = [task.name for _, task in made]
+    out = {task.name if names.count(task.name) == 1 else spec: task for spec, task in made}
+    if len(out) < len(made):
+        raise ConfigError(f"a task stands twice in {tuple(specs)!r}; its scores would be told apart by nothing.")
+    return out

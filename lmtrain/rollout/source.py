@@ -34,7 +34,7 @@ from lmtrain.rollout.episodes import Episode, User
 from lmtrain.rollout.rewards import Reward
 from lmtrain.types import Batch, Frozen, LmtrainError, Params
 
-#: Of a rollout that is measured for its diagnostics alone, every so manieth conversation is.
+#: Where only the diagnostics read it, one in so many conversations of a rollout is measured, and at least so many.
 SAMPLED = 8
 
 
@@ -80,7 +80,7 @@ class Rollouts:
         self._measure = _measure(self.forward, r.temperature, values=self.advantage == "gae")
         # The first update of a rollout is by the policy that sampled it, so its own log-probabilities are the old ones:
         # no forward pass is needed for them, unless something reads more of it.
-        self._sampled = (
+        self._sampling = (
             r.epochs * r.minibatches == 1
             and getattr(self.cfg.loss, "ON_POLICY", False)
             and not (getattr(self.cfg.loss, "REFERENCE", False) or r.kl_reward or self.advantage == "gae")
@@ -93,7 +93,7 @@ class Rollouts:
         self._done = self._asked = 0  # rollouts made; prompts drawn
         self._pending: list[Batch] = []  # updates left of the last rollout
         self._report: dict[str, float] = {}
-        self._handed_out = 0.0  # when the last batch was; 0: none since the start
+        self._handed_out = 0.0  # when the last rollout was; 0: none since the start
         self._tokens = 0  # that the last rollout's updates learn from
 
     # ---------------------------------------------------------------------------------------------- contract 4
@@ -104,7 +104,6 @@ class Rollouts:
                 raise LmtrainError("a rollout needs parameters: next(params).")
             self._pending = self._rollout(params)
         batch = self._pending.pop(0)
-        self._handed_out = time.perf_counter()
         index, count = mesh_lib.share(self.mesh)
         return {name: np.split(x, count)[index] for name, x in batch.items()} if count > 1 else batch
 
@@ -149,6 +148,7 @@ class Rollouts:
         begin = time.perf_counter()
         learned = begin - self._handed_out if self._handed_out else 0.0
         # ------------------------------------------------------------ conversations, scored
+        self._playing, self._sampled_tokens = 0.0, 0
         played = self._play(params, self._prompts)
         rewards_PG = self._score(played)
         dropped = 0
@@ -161,20 +161,18 @@ class Rollouts:
             better_PG = self._score(more)
             played = [e for i in np.flatnonzero(~flat_P) for e in played[i * r.group : (i + 1) * r.group]] + more
             rewards_PG = np.concatenate([rewards_PG[~flat_P], better_PG])
-        generated = time.perf_counter()
         # ------------------------------------------------------------ what learner and reference make of them
         longest = max(len(e.tokens) for e in played)
         length = self.cfg.data.row_length if self.cfg.data.pack else min(self._round(longest), self.cfg.data.row_length)
-        watched = played[:: SAMPLED if len(played) > SAMPLED else 1] if self._sampled else played
+        watched = self._some_of(played) if self._sampling else played
         measured = self._log_probabilities(params, watched, length)
-        credit = self._advantages(rewards_PG, measured) | ({} if self._sampled else measured)
-        self._report = report.rollout(played, rewards_PG, measured, dropped) | {
-            "seconds_generate": generated - begin,
+        credit = self._advantages(rewards_PG, measured) | ({} if self._sampling else measured)
+        self._report = report.rollout(played, rewards_PG, dropped) | {
+            "seconds_generate": self._playing,
             "seconds_learn": learned,
-            "generated_tokens_per_second": sum(e.length for e in played) / (generated - begin),
+            "generated_tokens_per_second": self._sampled_tokens / self._playing,
         }
-        if self._sampled:
-            self._report |= report.divergence(measured)
+        self._report |= report.gap(watched, measured, divergence=self._sampling)
         if learned:
             self._report["learned_tokens_per_second"] = self._tokens / learned
         self._tokens = sum(len(e.tokens) for e in played) * r.epochs
@@ -188,7 +186,13 @@ class Rollouts:
                     )
                 )
         self._done += 1
+        self._handed_out = time.perf_counter()
         return updates
+
+    def _some_of(self, played: Sequence[Episode]) -> list[Episode]:
+        """An eighth of a rollout, drawn anew for each: what is measured where only the diagnostics read it."""
+        order = np.random.default_rng((self.seed, self._done, 8)).permutation(len(played))
+        return [played[i] for i in sorted(order[: max(SAMPLED, len(played) // SAMPLED)])]
 
     def _play(self, params: Params, prompts: int) -> list[Episode]:
         """`group` conversations of each of the next prompts, played to their ends."""
@@ -204,11 +208,14 @@ class Rollouts:
         for e, shown in zip(new, chosen, strict=True):
             if shown:
                 play_lib.demonstrate(e, self.template, self.cfg.data.row_length)
+        begin = time.perf_counter()
         play_lib.play(
             self._engine, params, self.template, [e for e, shown in zip(new, chosen, strict=True) if not shown],
             temperature=r.temperature, max_tokens=r.max_tokens, turns=r.turns, longest=self.cfg.data.row_length,
             user=self.user,
         )  # fmt: skip
+        self._playing += time.perf_counter() - begin
+        self._sampled_tokens += sum(e.length for e in new if not e.shown)
         return new
 
     def _score(self, played: Sequence[Episode]) -> np.ndarray:
@@ -230,14 +237,15 @@ class Rollouts:
 
     # ---------------------------------------------------------------------------------------------- measuring
     def _log_probabilities(self, params: Params, played: Sequence[Episode], length: int) -> dict[str, list[np.ndarray]]:
-        """These conversations, in batches of at most one update's size.
+        """These conversations, in batches of a microbatch's size.
 
         Returns:
           {array name: each conversation's numbers at its positions but the last}: log-probabilities of learner,
           reference and sampler, values, and the weights that mark the policy's own tokens.
         """
         places, count = rows.place([len(e.tokens) for e in played], length, self.cfg.data.pack)
-        size = self._rows_of(count, min(len(played), self.cfg.batch_size))
+        updates = self.cfg.rollout.minibatches
+        size = self._rows_of(-(-count // updates), -(-len(played) // updates)) // self.cfg.accumulate
         whole = rows.batch(played, places, -(-count // size) * size, length, self.pad)
         parts: list[dict[str, np.ndarray]] = []
         index, shares = mesh_lib.share(self.mesh)
@@ -292,8 +300,8 @@ class Rollouts:
         return batch
 
     def _rows_of(self, count: int, most: int) -> int:
-        """Rows of a batch for so many used ones: few different sizes (each is compiled), of which at most a quarter is
-        padding, each a multiple of what the mesh splits."""
+        """Rows of a batch for so many used ones: few different sizes (each is compiled), each a multiple of what the
+        mesh splits; beyond that, at most a quarter is padding."""
         ways = self.cfg.accumulate * mesh_lib.batch_shards(self.mesh)
         if not self.cfg.data.pack:
             return -(-most // ways) * ways

@@ -189,7 +189,8 @@ def _read(row: Row, messages: Sequence[Message]) -> list[_Turn]:
             asked = _asked(row, message["content"])
         if message["role"] != "assistant":
             continue
-        reply, said = message["content"], rewards.words(message["content"])
+        reply = "" if message.get("truncated") else message["content"]  # what was cut is never worth anything
+        said = rewards.words(reply)
         turns.append(
             _Turn(
                 reply=reply,

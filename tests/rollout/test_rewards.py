@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lmtrain.rollout import episodes, rewards
+from lmtrain.tasks import chatroom
 from lmtrain.types import LmtrainError
 from tests.rollout import toys
 
@@ -18,6 +19,14 @@ def episode(reply, task=None, truncated=False):
 
 def polite(row, messages):
     return float("please" in messages[-1]["content"])
+
+
+def always(row, messages):
+    return 1.0
+
+
+def a(row, messages):
+    return {"a": 1.0}
 
 
 def nothing(row, messages):
@@ -48,8 +57,36 @@ def test_a_whole_conversation_is_scored_by_parts():
     assert make("score")([e])[0] == 0.25 and e.scores == {"a": 0.5, "b": 0.0, "reward": 0.25}
 
 
-def test_a_cut_reply_scores_nothing():
-    assert make("score")([episode("ab"), episode("ab", truncated=True)]).tolist() == [1.0, 0.0]
+@pytest.mark.parametrize("spec", ["score", "length(low=1, high=9)", "tests.rollout.test_rewards:always"])
+def test_a_cut_reply_scores_nothing(spec):
+    assert make(spec)([episode("ab"), episode("ab", truncated=True)]).tolist() == [1.0, 0.0]
+
+
+def test_a_cut_reply_of_a_chat_is_worth_nothing():
+    task = chatroom.Chatroom()
+    row = task.rows("train")[0]
+    kind = row["asks"][0]
+    said = {"role": "assistant", "content": f"The {kind} {row['facts'][kind]}."}
+    whole, cut = (task.score_conversation(row, [*task.messages(row), {**said, "truncated": t}]) for t in (False, True))
+    assert whole == {"on_topic": 1.0, "no_repetition": 1.0, "length": 1.0, "facts": 1 / 3}
+    assert cut["on_topic"] == cut["facts"] == 0.0 and cut["length"] < 1
+
+
+def test_a_perfect_reply_is_worth_1_whatever_the_weights():
+    specs = ("0.2*score", "0.3*length(low=1, high=400)", "0.2*tests.rollout.test_rewards:always")
+    assert make(*specs)([episode("ab")])[0] <= 1.0, "a sum of rounded weights may come out above"
+
+
+def test_parts_of_one_name_are_both_told():
+    e = episode("x", toys.Talk())
+    make("score", "tests.rollout.test_rewards:a", "3*score")([e])
+    assert e.scores["a"] == 0.5 and e.scores["a_2"] == 1.0 and e.scores["a_3"] == 0.5 and e.scores["b_3"] == 0.0
+
+
+def test_tasks_of_one_name_are_told_apart():
+    named = rewards.get_tasks(("addition(digits=2)", "sorting", "addition(digits=3)"))
+    assert list(named) == ["addition(digits=2)", "sorting", "addition(digits=3)"]
+    assert [task.name for task in named.values()] == ["addition", "sorting", "addition"]
 
 
 @pytest.mark.parametrize(

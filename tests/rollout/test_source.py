@@ -196,6 +196,38 @@ def test_the_only_update_of_a_rollout_measures_a_part_of_it_and_reports_the_same
     assert set(once.report()) == set(twice.report()) | {"k1", "k3"}
 
 
+def test_what_is_measured_is_drawn_from_all_prompts():
+    source = toys.source(toys.stage(batch_size=256))
+    played = list(range(256))
+    first = source._some_of(played)
+    source._done = 1
+    assert len(first) == 32 and first != source._some_of(played) and first != played[::8]
+    assert len({i // 4 % 2 for i in first}) == 2, "prompts of either of two tasks in turn"
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_measuring_takes_no_more_rows_at_once_than_an_update(pack, monkeypatch):
+    source = toys.source(toys.stage(batch_size=16, accumulate=4, minibatches=2, data={"pack": pack}))
+    sizes, measure = [], source._measure
+
+    def watch(params, reference, batch):
+        sizes.append(len(batch["tokens_BT"]))
+        return measure(params, reference, batch)
+
+    source._measure = watch
+    batch = source.next(toys.params())
+    assert len(sizes) > 1 and max(sizes) <= len(batch["tokens_BT"]) // 4
+
+
+def test_demonstrations_are_no_gap_between_sampler_and_learner():
+    mixed = toys.source(toys.stage(demonstrations=0.5, epochs=2, batch_size=32))
+    mixed.next(toys.params())
+    assert 0 < mixed.report()["gap_p95"] < 1e-4
+    alone = toys.source(toys.stage(demonstrations=1.0, epochs=2))
+    alone.next(toys.params())
+    assert "gap_p95" not in alone.report()
+
+
 @pytest.mark.parametrize(
     "changed",
     [
