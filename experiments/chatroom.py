@@ -13,16 +13,19 @@ from lmtrain import config
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, sft=400, reward=150, steps=60, group=8)
+    a = config.parse_arg(arg, sft=1500, reward=100, steps=80, group=8)
     task = "chatroom(sloppy=0.66)"
     c = config.experiment()
-    c.stages.tokenizer = config.tokenizer("bytes")
+    # From the conversations themselves, so that a name is one token: to find a fact then takes far fewer steps.
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=400, train_bytes=2_000_000)
     c.stages.sft = config.stage(
         objective="sft",
         steps=a.sft,
         batch_size=8,
+        eval_every=500,
+        checkpoint_every=250,
         model=config.model(layers=4, width=128, heads=4),
-        data=config.data("task", path=task, limit=20_000, row_length=512),
+        data=config.data("task", path=task, limit=50_000, row_length=256),
     )
     c.stages.reward = config.stage(
         objective="reward",
@@ -32,17 +35,17 @@ def get_config(arg=""):
         checkpoint_every=50,
         samples=0,
         optim=config.optim("muon", muon_lr=0.005, lr=0.001),
-        data=config.data("task", path=task, limit=4000, row_length=512),
+        data=config.data("task", path=task, limit=4000, row_length=256),
     )
     c.stages.rl = config.stage(
         objective="dapo",
         init_from="sft",
         steps=a.steps,
-        batch_size=64,
+        batch_size=128,
         eval_every=20,
         checkpoint_every=20,
         samples=4,
-        data=config.data(row_length=384, heldout_rows=128),
+        data=config.data(row_length=256, heldout_rows=128),
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(task, group=a.group, turns=4, rewards=("score", "0.5*model(reward)")),
     )

@@ -6,7 +6,7 @@
 
 Losses: dpo dpo_norm ipo kto simpo orpo (objectives/preference.py). SFT on the chosen replies comes first; `:init=RUN`
 starts from a run. Rows: `prompt`, `chosen`, `rejected`. Reported: how often the model's implicit reward prefers the
-chosen reply of held-out pairs, with its interval; chance gets one half.
+chosen reply of held-out pairs, with its interval; chance gets one half (KTO has no pairs: its loss).
 """
 
 from lmtrain import config, flags

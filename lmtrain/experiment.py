@@ -240,6 +240,8 @@ def summarise(done: runs.Run, feed: feeds.Feed) -> None:
         entry["tasks"] = found
         for task, s in found.items():
             log.say(f"held out, {task}: {said(s['before'])} before, {said(s['after'])} after")
+            for part, after in s["after"].get("parts", {}).items():
+                log.say(f"    {part:<16} {s['before']['parts'][part]:.1%} before, {after:.1%} after")
     runs.write_json(done.folder / "summary.json", {**runs.read_summary(done.folder), done.stage: entry})
     from lmtrain import report  # which reads runs, so it imports this
 

@@ -255,7 +255,7 @@ def rollout(s: Stage) -> Feed:
             numbers |= {f"heldout_{name}": found.summary["score"], f"heldout_{name}_low": low}
             numbers |= {f"heldout_{name}_high": high, f"heldout_{name}_rows": found.summary["rows"]}
             if len(found.summary["parts"]) > 1:
-                numbers |= {f"heldout_{name}_{part}": v for part, v in found.summary["parts"].items()}
+                numbers |= {f"heldout_{name}_part_{part}": v for part, v in found.summary["parts"].items()}
             texts += [episodes.transcript(e) for e in found.played[: cfg.samples]]
         numbers["heldout_score"] = sum(numbers[f"heldout_{name}"] for name in made) / len(made)
         return numbers, texts
@@ -302,13 +302,16 @@ def frozen(run: str, s: Stage) -> Frozen:
 
 def scores(feed: Feed, first: dict[str, Any], last: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """summary.json's entry for each task that the stage scores itself, from its first and last line of metrics:
-    {task: {"before": {score, ci95, rows}, "after": ...}}. A preference stage's task is to tell the better of two."""
+    {task: {"before": {score, ci95, rows, and parts where there are several}, "after": ...}}. A preference stage's task
+    is to tell the better of two."""
     out: dict[str, dict[str, Any]] = {}
     for when, m in (("before", first), ("after", last)):
         for task in feed.tasks:
             ci95 = [m[f"heldout_{task}_low"], m[f"heldout_{task}_high"]]
-            found = {"score": m[f"heldout_{task}"], "ci95": ci95, "rows": int(m[f"heldout_{task}_rows"])}
-            out.setdefault(task, {})[when] = found
+            found: dict[str, Any] = {"score": m[f"heldout_{task}"], "ci95": ci95}
+            found["rows"] = int(m[f"heldout_{task}_rows"])
+            parts = {k.removeprefix(f"heldout_{task}_part_"): m[k] for k in m if k.startswith(f"heldout_{task}_part_")}
+            out.setdefault(task, {})[when] = found | ({"parts": parts} if parts else {})
         if feed.pairs and "heldout_accuracy" in m:
             right = m["heldout_accuracy"]
             ci95 = list(passk.wilson(round(right * feed.pairs), feed.pairs))
