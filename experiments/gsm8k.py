@@ -29,7 +29,7 @@ def get_config(arg=""):
         steps=a.sft,
         batch_size=8,
         optim=config.optim("muon", muon_lr=0.01, lr=0.002),
-        data=config.data("task", path=task, row_length=512),
+        data=config.data("task", path=task, row_length=1024),
     )
     c.stages.rl = config.stage(
         objective="dapo",
@@ -37,7 +37,7 @@ def get_config(arg=""):
         batch_size=64,
         eval_every=10,
         checkpoint_every=10,
-        data=config.data(row_length=512, heldout_rows=64),
+        data=config.data(row_length=1024, heldout_rows=64),
         optim=config.optim("muon", muon_lr=0.001, lr=0.0002, schedule="constant", warmup=0),
         rollout=config.rollout(task, group=a.group, slots=64),
     )

@@ -256,7 +256,7 @@ def summarise(done: runs.Run, feed: feeds.Feed) -> None:
 
 def said(s: dict[str, Any]) -> str:
     """A score in words: "61.2 % (55.0 to 67.1, 256 rows)"."""
-    chance = f", {s['chance']:.0%} by chance" if "chance" in s else ""
+    chance = f", {s['chance']:.0%} by chance, {s['longer']:.0%} by taking the longer" if "chance" in s else ""
     return f"{s['score']:.1%} ({s['ci95'][0]:.1%} to {s['ci95'][1]:.1%}, {s['rows']} rows{chance})"
 
 

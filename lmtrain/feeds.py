@@ -48,6 +48,7 @@ class Feed:
     score: Callable[[Params], tuple[dict[str, float], list[str]]] | None = None
     tasks: Sequence[str] = ()  # that `score` scores, as heldout_TASK
     pairs: int = 0  # held-out pairs, whose accuracy by chance is one half
+    longer: float = 0.0  # share of them that taking the longer reply gets right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,7 @@ def conversation(s: Stage, what: str) -> Feed:
         heldout_text=heldout.bytes_text if what == "chat" else lambda: b"",
         sample=sample if prompts else None,
         pairs=pairs_in(batches) if what == "pairs" else 0,
+        longer=longer_in(batches) if what == "pairs" else 0.0,
     )
 
 
@@ -182,6 +184,17 @@ def openings(table: Conversations, most: int) -> list[list[int]]:
 def pairs_in(batches: Sequence[Batch]) -> int:
     """How many pairs the batches hold."""
     return sum(int(row.max()) // 2 for batch in batches for row in batch["segments_BT"])
+
+
+def longer_in(batches: Sequence[Batch]) -> float:
+    """The share of pairs whose chosen reply is the longer one, in loss tokens; a tie counts half. What a judge that
+    likes length gets right: an accuracy no better has perhaps learned nothing else."""
+    wins: list[float] = []
+    for batch in batches:
+        for segments_T, weights_T in zip(batch["segments_BT"], batch["weights_BT"], strict=True):
+            n_S = np.bincount(segments_T, weights_T > 0)[1:]
+            wins += [0.5 * (1 + float(np.sign(a - b))) for a, b in zip(n_S[0::2], n_S[1::2], strict=False)]
+    return float(np.mean(wins)) if wins else 0.0
 
 
 def add_reference(s: Stage, tables: dict[str, Conversations]) -> None:
@@ -315,7 +328,7 @@ def scores(feed: Feed, first: dict[str, Any], last: dict[str, Any]) -> dict[str,
         if feed.pairs and "heldout_accuracy" in m:
             right = m["heldout_accuracy"]
             ci95 = list(passk.wilson(round(right * feed.pairs), feed.pairs))
-            found = {"score": right, "ci95": ci95, "rows": feed.pairs, "chance": 0.5}
+            found = {"score": right, "ci95": ci95, "rows": feed.pairs, "chance": 0.5, "longer": feed.longer}
             out.setdefault("preference", {})[when] = found
     return out
 

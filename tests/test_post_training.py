@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lmtrain
-from lmtrain import checkpoint, config, runs, terminal
+from lmtrain import checkpoint, config, feeds, runs, terminal
 from lmtrain.types import LmtrainError
 
 MODEL = dict(layers=1, width=32, heads=2)
@@ -133,7 +133,7 @@ def test_every_preference_loss_trains_and_tells_pairs_apart(sft, pairs, tmp_path
         assert start["loss"] == pytest.approx(np.log(2), abs=1e-5) and done.model.scalar_head
     if objective != "kto":
         s = done.summary["preference"]["tasks"]["preference"]
-        assert s["before"]["chance"] == 0.5 and s["after"]["rows"] > 5
+        assert s["before"]["chance"] == 0.5 and s["before"]["longer"] == 1.0 and s["after"]["rows"] > 5
         assert s["after"]["ci95"][0] <= s["after"]["score"] <= s["after"]["ci95"][1]
 
 
@@ -242,3 +242,11 @@ def test_killed_in_the_middle_of_rollouts_and_updates_it_goes_on_to_the_same_bit
         assert checkpoint.params_sha256(a) == checkpoint.params_sha256(b)
         assert same(tail(whole, "rl"), tail(folder, "rl"))
         assert runs.read_summary(whole)["rl"] == runs.read_summary(folder)["rl"]
+
+
+def test_the_share_of_pairs_whose_chosen_reply_is_longer():
+    segments = np.array([[1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 0], [1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0]])
+    weights = np.array([[0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0]])
+    # chosen 2 : 1 longer, 1 : 2 shorter, 2 : 2 a tie
+    assert feeds.longer_in([{"segments_BT": segments, "weights_BT": weights}]) == 0.5
+    assert feeds.longer_in([{"segments_BT": segments[:, :6], "weights_BT": weights[:, :6]}]) == 0.75

@@ -124,7 +124,7 @@ SETTINGS = [
     (lambda: rl(rollout__overlong=12, rollout__max_tokens=12), "overlong is 12, but a reply has at most 12"),
     (lambda: rl(rollout__demonstrations=0.5), "demonstrations is 0.5"),
     (lambda: rl(loss__temperature=0.5), "Set rollout.temperature alone"),
-    (lambda: rl(data__row_length=7), "leaves no room for a reply"),
+    (lambda: rl(data__row_length=7), "leave no room for a reply"),
     (lambda: rl(rollout__user="runs/none"), "runs/none"),
     (lambda: rl(source="chats"), "Did you mean chat"),
     (lambda: rl(init_from="stf"), "stf"),

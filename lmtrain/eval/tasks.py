@@ -55,7 +55,8 @@ def score(
     Returns:
       summary: score (mean over rows and samples; pass@1 where scores are 0 or 1), ci95 (bootstrap over rows), rows,
       samples, pass@k for k = 1, 2, 4, ... samples (unbiased; a reply passes with a score of 1), majority@samples where
-      the task has `answer`, truncated, length, and parts: the mean of every part of the reward.
+      the task has `answer`, truncated, no_room (of these, prompts too long for any reply), length, and parts: the mean
+      of every part of the reward.
     """
     held = task.rows("heldout")
     count = min(rows or len(held), len(held))
@@ -82,6 +83,7 @@ def score(
         answers_RS = np.array([task.answer(e.row, e.reply) for e in played], object).reshape(count, samples)
         summary[f"majority@{samples}"] = passk.majority(answers_RS.tolist(), own_RS >= PASSED)
     summary["truncated"] = float(np.mean([e.truncated for e in played]))
+    summary["no_room"] = float(np.mean([not e.turns for e in played]))
     summary["length"] = float(np.mean([e.length for e in played]))
     names = sorted({name for e in played for name in e.scores} - {"reward"})
     summary["parts"] = {name: float(np.mean([e.scores[name] for e in played if name in e.scores])) for name in names}

@@ -31,6 +31,7 @@ class Episode:
       own: for each token, whether the policy sampled it (its end-of-turn token included).
       logps: for each token, the sampler's log-probability; 0 where it sampled nothing.
       truncated: the last reply was cut by a limit.
+      turns: replies of the policy; 0: the prompt left no room for any.
       shown: it is the task's demonstration, not sampled.
       scores: parts of the reward, filled in by who scores it.
     """
@@ -124,24 +125,35 @@ def play(
       user: who answers the policy.
       progress: called with the number of conversations that have ended since the last call.
 
+    A prompt that leaves no room for a reply is answered by nothing, which was cut: `turns` stays 0.
+
     Raises:
-      LmtrainError: a prompt that leaves no room for a reply.
+      LmtrainError: every prompt is so.
     """
 
     def ask(e: Episode) -> None:
         limit = max_tokens or e.task.max_tokens
         limit = min(limit, longest - len(e.tokens)) if longest else limit
-        if limit < 1:
-            raise LmtrainError(
-                f"task {e.task.name}: a prompt of {len(e.tokens)} tokens leaves no room for a reply in rows of"
-                f" {longest}. Take a longer data.row_length."
-            )
         seed = seed_of(e.seed, e.turns)
         engine.submit(e.tokens, Sampling(limit, temperature, stop=template.stop, seed=seed), tag=e)
 
+    left = 0
     for e in episodes:
-        ask(e)
-    left = len(episodes)
+        if longest and len(e.tokens) >= longest:
+            e.truncated = True
+            e.messages.append({"role": "assistant", "content": "", "truncated": True})
+            for of_tokens in (e.tokens, e.own, e.logps):
+                del of_tokens[longest:]
+        else:
+            ask(e)
+            left += 1
+    if episodes and not left:
+        raise LmtrainError(
+            f"task {episodes[0].task.name}: its prompts ({len(episodes)} of them) leave no room for a reply in rows of"
+            f" {longest} tokens. Take a longer data.row_length."
+        )
+    if progress and left < len(episodes):
+        progress(len(episodes) - left)
     while left:
         talking, ended = [], 0
         for e, reply in engine.step(params):

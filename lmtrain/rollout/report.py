@@ -21,7 +21,8 @@ def rollout(played: Sequence[Episode], rewards_PG: np.ndarray, replaced: int) ->
       reward, reward_std (over all conversations), reward_NAME of every part; no_signal: share of groups whose replies
       all score alike (replaced ones counted; not told of groups of one); length: sampled tokens of a conversation,
       length_reward: its correlation with the reward (0 where either is constant); truncated: share cut by a limit;
-      turns. (The objective adds its own: entropy, ratios, clipping, k1, k3.)
+      turns; no_room: share whose prompt left no room for a reply. (The objective adds its own: entropy, ratios,
+      clipping, k1, k3.)
     """
     n_groups = len(rewards_PG)
     lengths, rewards = np.array([e.length for e in played], float), rewards_PG.reshape(-1)
@@ -32,6 +33,7 @@ def rollout(played: Sequence[Episode], rewards_PG: np.ndarray, replaced: int) ->
         "length_reward": correlation(lengths, rewards),
         "truncated": np.mean([e.truncated for e in played]),
         "turns": np.mean([e.turns for e in played]),
+        "no_room": np.mean([not e.turns for e in played]),
     }
     if rewards_PG.shape[1] > 1:
         out["no_signal"] = (int((np.ptp(rewards_PG, axis=1) == 0).sum()) + replaced) / (n_groups + replaced)

@@ -306,8 +306,25 @@ def test_sizes_that_cannot_be_are_refused(change, says):
         toys.source(toys.stage(**change))
 
 
-def test_a_prompt_longer_than_a_row_is_refused():
-    with pytest.raises(LmtrainError, match="leaves no room for a reply in rows of 96"):
+class Lengthy(toys.Parity):
+    """Every other prompt is longer than a row."""
+
+    def messages(self, row):
+        return [{"role": "user", "content": f"{row['n']}" + "x" * (row["n"] % 2 * 200)}]
+
+
+def test_a_prompt_without_room_is_answered_by_nothing_and_counted():
+    source = toys.source(toys.stage(batch_size=32), Lengthy())
+    batch = source.next(toys.params())
+    share = source.report()["no_room"]
+    assert 0 < share < 1 and share <= source.report()["truncated"]
+    assert batch["segments_BT"].shape[1] <= 96 and np.isfinite(batch["advantages_BT"]).all()
+    empty = (batch["weights_BT"].sum(axis=1) == 0).mean()
+    assert empty >= share
+
+
+def test_prompts_that_are_all_longer_than_a_row_are_refused():
+    with pytest.raises(LmtrainError, match="leave no room for a reply in rows of 96"):
         toys.source(
             task=type("Long", (toys.Parity,), {"messages": lambda s, r: [{"role": "user", "content": "x" * 200}]})()
         ).next(toys.params())
