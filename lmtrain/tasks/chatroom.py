@@ -11,9 +11,9 @@
 The user asks for one fact after another, asks again where the answer was not given, says so where it was off the topic
 or said before, and ends with a goodbye. Everything it says is a function of the row and of what the model said. The
 names of facts and people are forty words, those of places any number; a place that is held out is in no conversation of
-training. It takes reading what was told, and a demonstration says a fact just as it was told ("river Vemi"), for the
-sake of small models: 0.85M parameters then gave three facts in ten after 800 steps of SFT; none where names were new
-each time and the reply was "The river is Vemi."
+training. It takes reading what was told, and a demonstration says a fact just as it was told ("river Vemi"), for
+the sake of small models: 0.84M parameters then gave a third of the facts after SFT (experiments/chatroom.py); none
+where names were new each time and the reply was "The river is Vemi."
 """
 
 from __future__ import annotations
