@@ -56,7 +56,7 @@ def get_config(arg=""):
         data=config.data(row_length=128, heldout_rows=128),
         loss=dict(negative=0.0),  # from the good replies alone (BUILD_NOTES.md)
         optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
-        rollout=config.rollout(ADDITION, SORTING, group=16, slots=128, control=a.control),
+        rollout=config.rollout(ADDITION, SORTING, group=8, slots=128, control=a.control),
     )
     c.stages.evaluation = config.evaluation(ADDITION, SORTING, SPELLING, rows=128, samples=16)
     return c
