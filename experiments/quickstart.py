@@ -4,8 +4,8 @@
 
 Pretraining on Python's own documentation; supervised fine-tuning (SFT) on demonstrations of three small tasks, of which
 three in ten are wrong, as people's are; reinforcement learning (GRPO) on two of them, from right or wrong alone; then
-every stage scored on the same held-out problems. 0.8M parameters, 15 minutes on two cores. Expected: held-out bits per
-byte 6.13 -> 1.54; right answers after SFT and after RL: addition 72 -> 90 %, sorting 43 -> 65 %.
+every stage scored on the same held-out problems. 0.8M parameters, 7 minutes on two cores. Expected: held-out bits per
+byte 6.15 -> 1.68; right answers after SFT and after RL: addition 70 -> 93 %, sorting 57 -> 83 %.
 
 `:control=shuffle` (zero, flip) gives RL rewards that must not help.
 """
