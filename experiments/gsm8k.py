@@ -38,7 +38,7 @@ def get_config(arg=""):
         eval_every=10,
         checkpoint_every=10,
         data=config.data(row_length=1024, heldout_rows=64),
-        optim=config.optim("muon", muon_lr=0.001, lr=0.0002, schedule="constant", warmup=0),
+        optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
         rollout=config.rollout(task, group=a.group, slots=64),
     )
     return c
