@@ -157,8 +157,7 @@ def training_stage(
         return runs.load(here)
 
     initial = initial_params(start, settings, model, mesh) if start else None
-    start_hash = checkpoint.identity(start / "checkpoints") if start else ""
-    made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial, start_hash)
+    made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial, start)
     try:
         feed = feeds.build(made)
         frozen = {"teacher": feeds.frozen(cfg.teacher, made)} if cfg.teacher else {}

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lmtrain import config, engine, flags, log, runs, schema, train
+from lmtrain import checkpoint, config, engine, flags, log, runs, schema, train
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, conversations, pipeline
 from lmtrain.data.table import Conversations
@@ -63,7 +63,7 @@ class Stage:
     folder: pathlib.Path  # the run's
     name: str
     initial: Callable[[], Params] | None
-    origin: str = ""  # hash of the checkpoint that `initial` reads
+    start: pathlib.Path | None = None  # the stage that `initial` reads
 
 
 def kind(cfg: schema.Stage) -> str:
@@ -199,15 +199,16 @@ def longer_in(batches: Sequence[Batch]) -> float:
 
 def add_reference(s: Stage, tables: dict[str, Conversations]) -> None:
     """Gives tables their `ref_logps_BT`, computed once: log p(target) under what the stage starts from."""
-    if s.initial is None:
+    if s.initial is None or s.start is None:
         raise LmtrainError(
             f"{s.cfg.objective} compares with a reference, the model that the stage starts from, and there is none:"
             " put a stage before it, or set init_from to a run."
         )
     start: Frozen | None = None
+    origin = checkpoint.identity(s.start / "checkpoints")
     logps = jax.jit(lambda f, batch: f.forward.logps(f.params, batch), out_shardings=mesh_lib.replicated(s.mesh))
     for name, table in tables.items():
-        file = s.folder / s.name / f"reference-{table.identity['corpus'][:16]}-{s.origin[:16]}.npy"
+        file = s.folder / s.name / f"reference-{table.identity['corpus'][:16]}-{origin[:16]}.npy"
         if file.exists():
             table.attach("ref_logps_BT", np.load(file))
             continue

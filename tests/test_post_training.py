@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_the_reference_of_offline_pairs_is_computed_once(sft, pairs, tmp_path, m
     stage.steps = 3
     monkeypatch.setattr(Forward, "logps", lambda *args: pytest.fail("computed again"))
     lmtrain.run(experiment(preference=stage), tmp_path / "a")
+
+
+def test_the_reference_of_another_start_is_another(sft, pairs, tmp_path):
+    data = config.data("jsonl", path=str(pairs), row_length=96, heldout_fraction=0.2, heldout_rows=0)
+    further = chat_stage(init_from=str(sft.folder), steps=1)
+    other = lmtrain.run(experiment(sft=further), tmp_path / "other")
+    for start in (sft, other):
+        stage = chat_stage(objective="dpo", init_from=str(start.folder), steps=1, data=data)
+        shutil.rmtree(tmp_path / "a/preference/checkpoints", ignore_errors=True)  # as if it had died before its first
+        row = lmtrain.run(experiment(preference=stage), tmp_path / "a").metrics[0]
+        assert row["loss"] == pytest.approx(np.log(2), abs=1e-5), "policy = reference"
+    assert len(list((tmp_path / "a/preference").glob("reference-*.npy"))) == 4
 
 
 # ----------------------------------------------------------------------------------------------- reinforcement learning

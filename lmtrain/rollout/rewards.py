@@ -7,6 +7,7 @@ that the conversation is the better one of two), or a function of tasks/rewards.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from lmtrain import mesh as mesh_lib
 from lmtrain import tasks
+from lmtrain.models.transformer import Forward
 from lmtrain.rollout import rows
 from lmtrain.rollout.episodes import Episode
 from lmtrain.schema import ConfigError
@@ -121,11 +123,6 @@ def plain(name: str, function: Callable[[dict, list], Any]) -> Part:
 def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
     """A reward model's part: sigmoid of its score, the probability (Bradley-Terry) that this conversation is preferred
     to one of score 0. So many conversations at a time. 0 for what was cut."""
-    mesh = getattr(frozen, "forward", None) and frozen.forward.mesh  # (before a run, only its name is looked up)
-    scores = jax.jit(
-        lambda f, batch: f.forward.scalar(f.params, f.forward.hidden(f.params, batch)[0]),
-        out_shardings=mesh_lib.replicated(mesh) if mesh is not None else None,
-    )
 
     def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
         out = []
@@ -134,7 +131,8 @@ def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
             longest = max(len(e.tokens) for e in some)
             places, _ = rows.place([0] * len(some), 0, pack=False)
             batch = rows.batch(some, places, size, -(-longest // 32) * 32, pad)
-            score_BT = np.asarray(scores(frozen, {k: batch[k] for k in ("tokens_BT", "segments_BT", "positions_BT")}))
+            read = {k: batch[k] for k in ("tokens_BT", "segments_BT", "positions_BT")}
+            score_BT = np.asarray(_scores(frozen.forward)(frozen.params, read))
             for i, e in enumerate(some):
                 value = float(score_BT[i, len(e.tokens) - 1])
                 likely = 0.0 if e.truncated else 1 / (1 + math.exp(-value))
@@ -142,6 +140,13 @@ def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
         return out
 
     return part
+
+
+@functools.lru_cache(maxsize=8)  # compiled once, however many parts there are
+def _scores(forward: Forward) -> Callable[..., jax.Array]:
+    """The jitted scores(params, batch) [B, T], whole on every process."""
+    where = mesh_lib.replicated(forward.mesh) if forward.mesh is not None else None
+    return jax.jit(lambda params, b: forward.scalar(params, forward.hidden(params, b)[0]), out_shardings=where)
 
 
 def _checked(value: Any, what: str, e: Episode) -> float:

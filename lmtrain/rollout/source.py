@@ -148,8 +148,8 @@ class Rollouts:
         begin = time.perf_counter()
         learned = begin - self._handed_out if self._handed_out else 0.0
         # ------------------------------------------------------------ conversations, scored
-        self._playing, self._sampled_tokens = 0.0, 0
-        played = self._play(params, self._prompts)
+        played, playing = self._play(params, self._prompts)
+        sampled = _sampled(played)
         rewards_PG = self._score(played)
         dropped = 0
         for _ in range(r.dynamic):
@@ -157,7 +157,8 @@ class Rollouts:
             if not flat_P.any():
                 break
             dropped += int(flat_P.sum())
-            more = self._play(params, int(flat_P.sum()))
+            more, seconds = self._play(params, int(flat_P.sum()))
+            playing, sampled = playing + seconds, sampled + _sampled(more)
             better_PG = self._score(more)
             played = [e for i in np.flatnonzero(~flat_P) for e in played[i * r.group : (i + 1) * r.group]] + more
             rewards_PG = np.concatenate([rewards_PG[~flat_P], better_PG])
@@ -168,9 +169,9 @@ class Rollouts:
         measured = self._log_probabilities(params, watched, length)
         credit = self._advantages(rewards_PG, measured) | ({} if self._sampling else measured)
         self._report = report.rollout(played, rewards_PG, dropped) | {
-            "seconds_generate": self._playing,
+            "seconds_generate": playing,
             "seconds_learn": learned,
-            "generated_tokens_per_second": self._sampled_tokens / self._playing,
+            "generated_tokens_per_second": sampled / playing,
         }
         self._report |= report.gap(watched, measured, divergence=self._sampling)
         if learned:
@@ -190,12 +191,12 @@ class Rollouts:
         return updates
 
     def _some_of(self, played: Sequence[Episode]) -> list[Episode]:
-        """An eighth of a rollout, drawn anew for each: what is measured where only the diagnostics read it."""
+        """An eighth of a rollout (at least eight), drawn anew for each: measured for the diagnostics alone."""
         order = np.random.default_rng((self.seed, self._done, 8)).permutation(len(played))
         return [played[i] for i in sorted(order[: max(SAMPLED, len(played) // SAMPLED)])]
 
-    def _play(self, params: Params, prompts: int) -> list[Episode]:
-        """`group` conversations of each of the next prompts, played to their ends."""
+    def _play(self, params: Params, prompts: int) -> tuple[list[Episode], float]:
+        """`group` conversations of each of the next prompts, played to their ends, and the seconds that took."""
         r = self.cfg.rollout
         new = []
         for p in range(self._asked, self._asked + prompts):
@@ -214,9 +215,7 @@ class Rollouts:
             temperature=r.temperature, max_tokens=r.max_tokens, turns=r.turns, longest=self.cfg.data.row_length,
             user=self.user,
         )  # fmt: skip
-        self._playing += time.perf_counter() - begin
-        self._sampled_tokens += sum(e.length for e in new if not e.shown)
-        return new
+        return new, time.perf_counter() - begin
 
     def _score(self, played: Sequence[Episode]) -> np.ndarray:
         """Rewards [P, G], with what the configuration takes off for length and truncation."""
@@ -264,7 +263,7 @@ class Rollouts:
         r, own = self.cfg.rollout, measured["weights_BT"]
         if self.advantage == "none":
             return {}
-        kl = [np.zeros(1, np.float32)] * rewards_PG.size
+        kl = []
         if r.kl_reward and "ref_logps_BT" in measured:
             kl = [
                 r.kl_reward * (old - ref) * w
@@ -272,16 +271,18 @@ class Rollouts:
             ]
         if self.advantage == "gae":
             adv, returns = [], []
-            for value, w, k, reward in zip(measured["old_values_BT"], own, kl, rewards_PG.reshape(-1), strict=True):
+            values = zip(measured["old_values_BT"], own, rewards_PG.reshape(-1), strict=True)
+            for i, (value, w, reward) in enumerate(values):
                 a, g = np.zeros_like(w), np.zeros_like(w)
                 at = np.flatnonzero(w)
-                a[at], g[at] = common.gae(float(reward), value[at], r.gamma, r.lam, -np.broadcast_to(k, w.shape)[at])
+                a[at], g[at] = common.gae(float(reward), value[at], r.gamma, r.lam, -kl[i][at] if kl else 0 * w[at])
                 adv.append(a)
                 returns.append(g)
             adv = common.whiten(adv, own)
             out: dict[str, list[Any]] = {"advantages_BT": adv, "returns_BT": returns}
         else:
-            rewards_PG = rewards_PG - np.array([k.sum() for k in kl]).reshape(rewards_PG.shape)
+            if kl:
+                rewards_PG = rewards_PG - np.array([k.sum() for k in kl]).reshape(rewards_PG.shape)
             out = {"advantages_BT": list(common.group_advantages(rewards_PG, self.advantage).reshape(-1))}
         if r.control == "zero":
             out["advantages_BT"] = [0.0 * a for a in out["advantages_BT"]]
@@ -331,6 +332,11 @@ def _measure(forward: Forward, temperature: float, values: bool) -> Callable[...
 
     where = mesh_lib.replicated(forward.mesh) if forward.mesh is not None else None
     return jax.jit(measure, out_shardings=where)
+
+
+def _sampled(played: Sequence[Episode]) -> int:
+    """Tokens that the policy drew."""
+    return sum(e.length for e in played if not e.shown)
 
 
 def _flat(rewards_PG: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -217,6 +218,19 @@ def test_measuring_takes_no_more_rows_at_once_than_an_update(pack, monkeypatch):
     source._measure = watch
     batch = source.next(toys.params())
     assert len(sizes) > 1 and max(sizes) <= len(batch["tokens_BT"]) // 4
+
+
+def test_learning_speed_counts_all_updates_of_a_rollout_and_their_time():
+    source = toys.source(toys.stage(minibatches=2, epochs=2, batch_size=8))
+    tokens = 0
+    for _ in range(4):
+        batch = source.next(toys.params())
+        tokens += (batch["segments_BT"] > 0).sum()
+        time.sleep(0.1)
+    source.next(toys.params())
+    told = source.report()
+    assert 0.4 <= told["seconds_learn"] < 2
+    assert told["learned_tokens_per_second"] == pytest.approx(tokens / told["seconds_learn"])
 
 
 def test_demonstrations_are_no_gap_between_sampler_and_learner():
