@@ -1,6 +1,7 @@
 # Everything starts here; a machine with Python 3.11 or later and make is enough.
 #   make quickstart   trains a small language model on the documentation of Python itself
 #   make test         the fast tests;  make test-all  the slow ones too;  make lint  ruff and mypy
+#   make test-gpu    what only an NVIDIA GPU can show, where one is at hand and jax[cuda13] is installed
 #   make test-peers   what is compared with PyTorch and TRL, which get an environment of their own
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ INSTALL = if command -v uv >/dev/null; \
 	then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; fi
 
-.PHONY: quickstart test test-all test-peers lint clean
+.PHONY: quickstart test test-all test-gpu test-peers lint clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/lmtrain run --config experiments/quickstart.py --workdir $(WORKDIR)
@@ -21,6 +22,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "slow or not slow"
+
+test-gpu: $(VENV)/.test
+	LMTRAIN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q tests/test_gpu.py
 
 test-peers: $(PEERS)/.done
 	$(PEERS)/bin/python -m pytest -q -rs tests/objectives/test_trl.py

@@ -22,7 +22,7 @@ from lmtrain.objectives import pretrain
 from lmtrain.types import LmtrainError
 
 #: preset -> rows, positions of a row, microbatches, rematerialisation
-BATCHES = {"S": (16, 256, 8, "none"), "M": (4, 512, 4, "none"), "1b": (16, 2048, 4, "dots")}
+BATCHES = {"S": (16, 256, 8, "none"), "M": (4, 512, 4, "none"), "1b": (32, 2048, 2, "dots")}
 WARMUP = 2
 VOCABULARY = 65536  # of presets that leave it to the tokenizer
 

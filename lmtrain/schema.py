@@ -83,8 +83,8 @@ class Model:
     init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding, else 0.02
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
     remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
-    unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 1 elsewhere
-    loss_chunk: int = 0  # positions whose logits exist at once; 0: chosen so that a chunk stays below 64 MiB
+    unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 32 on GPU, 1 elsewhere
+    loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as models/head.py's CHUNK_BYTES hold
     dtype: str = "auto"  # of activations and products; auto: float32 on CPU, bfloat16 elsewhere. Weights are float32
 
 

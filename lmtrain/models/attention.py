@@ -27,6 +27,7 @@ from lmtrain.models.params import normal, param, zeros
 from lmtrain.types import nearest
 
 BACKENDS = ("reference", "xla", "cudnn", "splash")
+KEPT = "attention"  # the name that rematerialisation knows splash's results by
 HIDDEN = -1e30  # the score of a key that a query may not see: exp(HIDDEN - any score) is exactly 0
 
 
@@ -152,6 +153,12 @@ def _query_block(T: int, whole: bool) -> int:
     return T if whole or T <= 128 else max(128, -(-T // 32))
 
 
+def keeps(primitive, *_, **params) -> bool:
+    """A policy of jax.checkpoint: keep what a fused kernel gives, which would have to run again as a whole."""
+    fused = primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's
+    return fused or (primitive.name == "name" and params["name"] == KEPT)
+
+
 def splash_refuses(length: int, mesh: jax.sharding.Mesh | None) -> str:
     """Why splash cannot run rows of this length; "" where it can."""
     ways = 1 if mesh is None else mesh.shape["context"]
@@ -180,7 +187,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, sca
         block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size)  # fmt: skip
     kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=ways,
-        attn_logits_soft_cap=softcap or None, interpret=platform(mesh) != "tpu")  # fmt: skip
+        attn_logits_soft_cap=softcap or None, residual_checkpoint_name=KEPT,
+        interpret=platform(mesh) != "tpu")  # fmt: skip
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
 

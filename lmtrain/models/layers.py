@@ -6,7 +6,6 @@ B rows, T positions, D width, N heads, H size of a head (h its half), F hidden w
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,13 +115,33 @@ def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, mesh: jax.sh
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 
-def product(x_BTD: jax.Array, w_DF: jax.Array, mesh: jax.sharding.Mesh | None, dtype: Any = None) -> jax.Array:
-    """x @ w, [B, T, D] and [D, F] -> [B, T, F] (in `dtype`, where given), as a product of two matrices.
+def product(x_BTD: jax.Array, w_DF: jax.Array, mesh: jax.sharding.Mesh | None, widen: bool = False) -> jax.Array:
+    """x @ w, [B, T, D] and [D, F] -> [B, T, F] (at least float32 where `widen`), as a product of two matrices.
 
     On a CPU, XLA takes nearly twice as long for the gradient of the three-dimensional product, which it transposes
     inside an elementwise loop. Rows split over the context axis stay as they are: flattening would gather them.
     """
+    multiply = widened if widen and x_BTD.dtype.itemsize == 2 else jnp.matmul
     if mesh is not None and mesh.shape["context"] > 1:
-        return jnp.matmul(x_BTD, w_DF, preferred_element_type=dtype)
-    y = jnp.matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DF, preferred_element_type=dtype)
+        return multiply(x_BTD, w_DF)
+    y = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DF)
     return y.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])
+
+
+@jax.custom_vjp
+def widened(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w in float32 of 16-bit operands, whose gradient is rounded to their dtype before it is multiplied.
+
+    By JAX's own rule those two products would be of float32 matrices: on a GPU (TF32) at half the speed, or less.
+    """
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _widened_backward(operands, gradient):
+    x, w = operands
+    gradient = gradient.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    return jnp.matmul(gradient, w.T), jnp.tensordot(x, gradient, (rows, rows))
+
+
+widened.defvjp(lambda x, w: (widened(x, w), (x, w)), _widened_backward)

@@ -22,7 +22,7 @@ from lmtrain import schema
 from lmtrain.mesh import constrain, is_axes
 from lmtrain.models import head
 from lmtrain.models import params as p
-from lmtrain.models.attention import Attention, platform
+from lmtrain.models.attention import Attention, keeps, platform
 from lmtrain.models.head import Ends, TokenLosses
 from lmtrain.models.layers import MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
@@ -30,6 +30,9 @@ from lmtrain.models.shapes import groups, resolve
 from lmtrain.types import Batch, Params
 
 __all__ = ["Forward", "TokenLosses", "axes", "count", "flops_per_token", "init", "resolve", "shapes", "unstack"]
+
+#: platform -> layer groups that are traced one after the other: a scan copies what it keeps for the backward pass
+UNROLLED = {"cpu": 12, "gpu": 32}
 
 
 # ------------------------------------------------------------------------------------------------------------ modules
@@ -266,7 +269,8 @@ class Forward:
             if cfg.remat == "none":
                 return run
             policies = jax.checkpoint_policies
-            policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else policies.nothing_saveable
+            products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
+            policy = products if cfg.remat == "dots" else policies.nothing_saveable
             return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
 
         run = rematerialised(body, prevent_cse=loop)
@@ -303,4 +307,4 @@ class Forward:
     def _unroll(self, count: int) -> int:
         if self.cfg.unroll:
             return min(self.cfg.unroll, count)
-        return count if count <= 12 and platform(self.mesh) == "cpu" else 1
+        return count if count <= UNROLLED.get(platform(self.mesh), 0) else 1

@@ -1,6 +1,8 @@
 """Norms, activations, and rotary positions against numbers worked out here, independently, in float64."""
 
+import contextlib
 import dataclasses
+import io
 import math
 
 import jax
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lmtrain.models import layers
+from lmtrain import schema
+from lmtrain.models import layers, transformer
 from lmtrain.schema import Model, RopeScaling
 
 H, THETA, OLD = 64, 10000.0, 32
@@ -110,3 +113,37 @@ def test_mlp_activations(activation):
     hidden = act[activation](x @ get("gate") + get("gate_bias")) * up if gated else act[activation](up)
     expected = hidden @ get("down") + get("down_bias")
     np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32), None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_a_16_bit_product_widened_rounds_its_gradient_once_and_nothing_else(leading):
+    """Forward in float32; both gradients are products of 16-bit matrices, right to a rounding of each operand."""
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((*leading, 6, 32), (32, 48), (*leading, 6, 48)))
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    out, pull = jax.vjp(layers.widened, x, w)
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, x64 @ w64, rtol=1e-5, atol=1e-4)
+    dx, dw = pull(jnp.asarray(g))
+    g64 = np.asarray(jnp.asarray(g, jnp.bfloat16), np.float64)
+    rows = tuple(range(x.ndim - 1))
+    for got, true in ((dx, g64 @ w64.T), (dw, np.tensordot(x64, g64, (rows, rows)))):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(got, np.float64), true, rtol=2**-7, atol=2**-7)
+    products = [e for e in jax.make_jaxpr(pull)(jnp.asarray(g)).eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 2 and all(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars)
+
+
+def test_dots_keep_what_a_fused_attention_gives():
+    """Splash, interpreted: among what is kept for the backward pass is its result, once a layer."""
+    cfg = transformer.resolve(
+        schema.Model(layers=2, width=64, heads=2, mlp=64, unroll=2, remat="dots", attention="splash"), 64
+    )
+    batch = {"tokens_BT": np.zeros((2, 128), np.int32), "targets_BT": np.zeros((2, 128), np.int32)}
+    params = transformer.init(cfg, jax.random.key(0))
+    loss = lambda p: transformer.Forward(cfg).losses(p, batch).nll_BT.sum()  # noqa: E731
+    with contextlib.redirect_stdout(said := io.StringIO()):
+        jax.ad_checkpoint.print_saved_residuals(loss, params)
+    kept = [line for line in said.getvalue().splitlines() if "splash" in line and "f32[2,2,128" in line]
+    assert len(kept) == 2 * 2, said.getvalue()  # the result and its logsumexp
