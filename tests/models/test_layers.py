@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 
 from lmtrain import schema
 from lmtrain.models import layers, transformer
@@ -144,6 +145,6 @@ def test_dots_keep_what_a_fused_attention_gives():
     params = transformer.init(cfg, jax.random.key(0))
     loss = lambda p: transformer.Forward(cfg).losses(p, batch).nll_BT.sum()  # noqa: E731
     with contextlib.redirect_stdout(said := io.StringIO()):
-        jax.ad_checkpoint.print_saved_residuals(loss, params)
+        print_saved_residuals(loss, params)
     kept = [line for line in said.getvalue().splitlines() if "splash" in line and "f32[2,2,128" in line]
     assert len(kept) == 2 * 2, said.getvalue()  # the result and its logsumexp
