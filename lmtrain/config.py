@@ -316,9 +316,12 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     if kind is Any:
         return value
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+        of, like = (str, "text, such as ('a', 'b')")
+        if typing.get_args(kind)[0] is float:
+            of, like = (int | float, "numbers, such as (1.0, 2.5)")
+        if isinstance(value, (tuple, list)) and all(isinstance(v, of) and not isinstance(v, bool) for v in value):
             return tuple(value)
-        raise ConfigError(f"{where} is {value!r}, but takes a tuple of text, such as ('a', 'b').")
+        raise ConfigError(f"{where} is {value!r}, but takes a tuple of {like}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):

@@ -183,6 +183,12 @@ class Engine:
                 f"a prompt holds token {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the model's vocabulary "
                 f"is 0 to {self.cfg.vocab_size - 1}. Was it made with another tokenizer?"
             )
+        read = len(prompt) + sampling.max_tokens - 1  # the last token of a reply is not read
+        if self.cfg.max_positions and read > self.cfg.max_positions:
+            raise LmtrainError(
+                f"a prompt of {len(prompt)} tokens and {sampling.max_tokens} more, but the model's positions end at "
+                f"{self.cfg.max_positions}: they are learned, not rotary. Ask for fewer tokens."
+            )
         if sampling.stop_texts and self.decode is None:
             raise LmtrainError(f"stop_texts {sampling.stop_texts} takes an Engine with decode=tokenizer.decode.")
         request = Request(tag, tuple(map(int, prompt)), sampling, Completion([], []))
@@ -255,7 +261,9 @@ class Engine:
             tokens_UT = np.zeros((self._padded(len(prompts)), width), np.int32)
             for prompt, u in prompts.items():
                 tokens_UT[u, : len(prompt)] = prompt
-            kept = _read(self._ready, tokens_UT)
+            length_U = np.ones(len(tokens_UT), np.int32)
+            length_U[: len(prompts)] = [len(prompt) for prompt in prompts]
+            kept = _read(self._ready, tokens_UT, length_U)
             self._fit(STEPS, group)
             source_B = np.full(len(self._rows), -1, np.int32)
             for r in group:

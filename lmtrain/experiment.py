@@ -202,8 +202,8 @@ def initial_params(
 
     def load() -> Params:
         stored = runs.read_json(origin / "config.json")
-        compare_models(stored["model"], settings["model"], f"init_from {origin}", "stages.NAME.model")
         theirs = runs.stored_model(stored)
+        compare_models(dataclasses.asdict(theirs), settings["model"], f"init_from {origin}", "stages.NAME.model")
         params = checkpoint.load_params(
             origin / "checkpoints", shardings=mesh_lib.shardings(transformer.axes(theirs), mesh)
         )
@@ -267,7 +267,8 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
     if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
         return
     stored = runs.read_json(here / "config.json")
-    compare_models(stored["model"], settings["model"], str(here), f"stages.{name}.model")
+    theirs = dataclasses.asdict(runs.stored_model(stored))
+    compare_models(theirs, settings["model"], str(here), f"stages.{name}.model")
     if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
         raise LmtrainError(
             f"{here}: the checkpoint was trained with tokenizer {stored['tokenizer_sha256'][:12]}, but "

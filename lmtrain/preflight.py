@@ -12,6 +12,7 @@ from lmtrain import checkpoint, feeds, optim, runs, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
 from lmtrain.models import transformer
+from lmtrain.models.layers import BY_LENGTH
 from lmtrain.rollout import rewards
 from lmtrain.types import LmtrainError
 
@@ -54,6 +55,19 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                     mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
                 optim.make(stage.optim, stage.steps, axes)
                 check_batch(stage, mesh)
+                if origin.max_positions and stage.data.row_length > origin.max_positions:
+                    raise schema.ConfigError(
+                        f"data.row_length is {stage.data.row_length}, but the positions that the model learned end at "
+                        f"model.max_positions={origin.max_positions}."
+                    )
+                scaling = origin.rope_scaling
+                if feeds.kind(feeds.settled(stage)) == "rollout" and scaling.kind in BY_LENGTH:
+                    if stage.data.row_length > scaling.original_length:
+                        raise schema.ConfigError(
+                            f"model.rope_scaling.kind is {scaling.kind!r}: past {scaling.original_length} positions a "
+                            "token's likelihood as it is drawn is not what it is in the finished row, so RL would learn "
+                            f"from wrong ratios; data.row_length takes at most {scaling.original_length}."
+                        )
                 check_feed(feeds.settled(stage), list(models))
                 models[name] = origin
         except LmtrainError as error:

@@ -160,7 +160,8 @@ def nearest_run(path: pathlib.Path) -> str:
 def stored_model(stored: dict[str, Any]) -> schema.Model:
     """The schema.Model in a stage's config.json."""
     fields = dict(stored["model"])
-    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**fields["rope_scaling"])})
+    scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
+    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling)})
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:

@@ -29,14 +29,19 @@ class Mesh:
 class RopeScaling:
     """Stretches rotary positions past the length the model was trained on. kind "none" uses none of the numbers."""
 
-    kind: str = "none"  # none | linear | llama3 | yarn
+    kind: str = "none"  # none | linear | dynamic | llama3 | yarn | longrope
     factor: float = 1.0
-    original_length: int = 8192  # rows the unscaled model was trained on (llama3, yarn)
+    original_length: int = 8192  # rows the unscaled model was trained on (all but linear)
     low_freq: float = 1.0  # llama3: low_freq_factor
     high_freq: float = 4.0  # llama3: high_freq_factor
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 0.0  # yarn; 0: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the ends of its ramp are whole dimensions
+    attention_factor: float = (
+        0.0  # yarn; 0: 0.1 ln(factor) + 1. longrope; 0: sqrt(1 + ln(factor) / ln(original_length))
+    )
+    short: tuple[float, ...] = ()  # longrope: what divides each frequency in rows of up to original_length,
+    long: tuple[float, ...] = ()  # and in longer ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +56,18 @@ class Model:
     mlp: int = 0  # hidden width; 0: 4 * width; where gated, 8/3 of it rounded up to a multiple of 64
     vocab_size: int = 0  # 0: the tokenizer's
     activation: str = "relu2"  # swiglu | geglu | relu2 | gelu
-    norm: str = "rmsnorm"  # rmsnorm | gemma (scale stored as scale - 1)
+    norm: str = "rmsnorm"  # rmsnorm | gemma (scale stored as scale - 1) | layernorm (mean taken off, with a bias)
     norm_eps: float = 1e-6
     norm_scale: bool = True  # a learned scale in the norms of the residual stream
-    post_norm: bool = False  # sandwich: another norm after attention and after the MLP
+    pre_norm: bool = True  # a norm before attention and before the MLP
+    post_norm: bool = False  # another after each (both: sandwich)
     embed_norm: bool = False  # a norm on the embedding, before the first layer
-    qk_norm: bool = True  # norm of each head's queries and keys
+    qk_norm: bool = True  # norm of queries and keys
+    qk_norm_over: str = "head"  # head: of each head by itself | all: of all heads together (OLMo 2)
     qk_norm_scale: bool = True  # with a learned scale
+    positions: str = "rope"  # rope | learned (a table of max_positions, added to the embedding: GPT-2)
+    max_positions: int = 0  # learned: the longest row
+    rotary: float = 1.0  # share of a head's dimensions that turn, the first ones
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0  # for windowed layers; 0: rope_theta
     rope_scaling: RopeScaling = RopeScaling()  # windowed layers stay unscaled where rope_local_theta is set
@@ -86,6 +96,11 @@ class Model:
     unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 32 on GPU, 1 elsewhere
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as models/head.py's CHUNK_BYTES hold
     dtype: str = "auto"  # of activations and products; auto: float32 on CPU, bfloat16 elsewhere. Weights are float32
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions turn with its position (head_dim resolved)."""
+        return int(self.rotary * self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,13 @@ KINDS = {
     "windows": dict(
         pattern="WG", window=6, norm="gemma", post_norm=True, attn_softcap=5.0, logit_softcap=8.0, layers=3
     ),
+    "learned": dict(positions="learned", max_positions=64, norm="layernorm", out_bias=True),
+    "olmo2": dict(
+        rope_scaling=schema.RopeScaling("yarn", 4.0, 9, truncate=False), rotary=0.5, qk_norm_over="all", pre_norm=False,
+        post_norm=True,
+    ),
     "mixture": dict(experts=4, activation="swiglu", scalar_head=True),
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -309,7 +314,7 @@ def test_equal_prompts_are_read_once(monkeypatch):
     cfg, params = model()
     seen = []
     read = engine._read
-    monkeypatch.setattr(engine, "_read", lambda ready, tokens: seen.append(tokens.shape) or read(ready, tokens))
+    monkeypatch.setattr(engine, "_read", lambda m, tokens, n: seen.append(tokens.shape) or read(m, tokens, n))
     group = engine.generate(cfg, params, [[1, 2, 3]] * 8 + [[5] * 20], Sampling(5))
     assert seen == [(1, 16), (1, 32)]
     assert group[3].tokens == engine.generate(cfg, params, [[1, 2, 3]], [Sampling(5).numbered(3)])[0].tokens
@@ -370,3 +375,10 @@ def test_text_that_may_begin_a_stop_text_waits_for_the_rest():
         == 3
     )
     assert runs.before_stop("abE", ["END", "bE!"]) == 1 and runs.before_stop("", ["a"]) == 0
+
+
+def test_where_learned_positions_end_a_request_is_refused_and_what_just_fits_is_answered():
+    cfg, params = model("learned")
+    assert len(engine.generate(cfg, params, [[3] * 40], Sampling(25, 0.0))[0].tokens) == 25
+    with pytest.raises(LmtrainError, match="a prompt of 40 tokens and 26 more, but the model's positions end at 64"):
+        engine.generate(cfg, params, [[3] * 40], Sampling(26, 0.0))

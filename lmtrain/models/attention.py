@@ -305,14 +305,15 @@ class Attention(nnx.Module):
         self.k_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
         self.v_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
         self.o_bias = param(rngs, (D,), ("norm",), zeros) if cfg.out_bias else None
-        self.q_norm = Norm(cfg, H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
-        self.k_norm = Norm(cfg, H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
+        every = cfg.qk_norm_over == "all"
+        self.q_norm = Norm(cfg, N * H if every else H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
+        self.k_norm = Norm(cfg, K * H if every else H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
 
     def __call__(self, x_BTD, tables, segments_BT, mesh, cache=None, index_BT=None):
         """Returns (output [B, T, D], what a cache shall keep of this call, or None).
 
         Args:
-          tables: cosines and sines for this kind of layer.
+          tables: cosines and sines for this kind of layer; None: nothing turns.
           cache: None: nothing is kept. {}: the rows are whole prompts, whose keys and values are kept, {"k", "v"} of
             [B, K, T, H]. Else T is 1, and the call looks back on it: see `recall`.
           index_BT: the position of each query; read by `recall` alone.
@@ -322,10 +323,12 @@ class Attention(nnx.Module):
         k = _heads(x_BTD, self.k, self.k_bias, mesh)
         v_BTKH = _heads(x_BTD, self.v, self.v_bias, mesh)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q_BTNH = constrain(rope(q, tables), ("batch", "length", "act_heads", "head_dim"), mesh)
+            q, k = _normed(self.q_norm, q, cfg.qk_norm_over), _normed(self.k_norm, k, cfg.qk_norm_over)
+        if tables is not None:
+            q, k = rope(q, tables), rope(k, tables)
+        q_BTNH = constrain(q, ("batch", "length", "act_heads", "head_dim"), mesh)
         kv_axes = ("batch", "kv_length", "act_kv_heads", "head_dim")
-        k_BTKH, v_BTKH = constrain(rope(k, tables), kv_axes, mesh), constrain(v_BTKH, kv_axes, mesh)
+        k_BTKH, v_BTKH = constrain(k, kv_axes, mesh), constrain(v_BTKH, kv_axes, mesh)
         how: Any = dict(window=self.window, softcap=cfg.attn_softcap, scale=cfg.attn_scale)
         if cache:
             out_BTNH, kept = recall(q_BTNH, k_BTKH, v_BTKH, cache, index_BT, **how)
@@ -344,3 +347,8 @@ def _heads(x_BTD, weight, bias, mesh) -> jax.Array:
     y = product(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1), mesh)
     y = y if bias is None else y + bias[...].astype(x_BTD.dtype)
     return y.reshape(*y.shape[:2], *w_DNH.shape[1:])
+
+
+def _normed(norm: Norm, x_BTNH: jax.Array, over: str) -> jax.Array:
+    """Each head's vector normed, or (over "all") all heads' end to end as one."""
+    return norm(x_BTNH) if over == "head" else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)

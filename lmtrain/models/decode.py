@@ -110,19 +110,21 @@ def resize(cache: Cache, take_B: Array | None, places: int, mesh: jax.sharding.M
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
-def read(model: Ready, tokens_UT: Array) -> Cache:
+def read(model: Ready, tokens_UT: Array, length_U: Array) -> Cache:
     """Reads prompts as training reads rows, and returns their keys and values: a cache of U rows and T places.
 
     Args:
       tokens_UT: prompts, each filled up at its end with anything. The last token of a prompt need not be read: the
         first step reads it, as it reads every token whose successor is wanted.
+      length_U: of the prompts.
     """
     count, body, tail = groups(model.cfg)
     cache: Cache = {"layers": tuple({str(i): {} for i in range(len(body))} for _ in range(count))}
     if tail:
         cache["tail"] = {str(i): {} for i in range(len(tail))}
     positions_1T = jnp.arange(tokens_UT.shape[1])[None]
-    kept: Cache = model.forward(len(tokens_UT)).run(model.params, tokens_UT, positions_1T, cache=cache)[2]
+    forward = model.forward(len(tokens_UT))
+    kept: Cache = forward.run(model.params, tokens_UT, positions_1T, cache=cache, length_B1=length_U[:, None])[2]
     return kept
 
 

@@ -37,6 +37,13 @@ class Embed(nnx.Module):
         self.table = p.param(rngs, shape, ("vocab", "embed"), p.normal(embedding_std(cfg)))
 
 
+class Positions(nnx.Module):
+    """The table of learned positions."""
+
+    def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
+        self.table = p.param(rngs, (cfg.max_positions, cfg.width), (None, "embed"), p.normal(0.02))
+
+
 class Head(nnx.Module):
     """The output matrix of an untied model."""
 
@@ -55,22 +62,25 @@ class Scalar(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """All that is not a layer: embedding, its norm, the last norm, the output matrix, the scalar head."""
+    """All that is not a layer: embedding, learned positions, its norm, the last norm, the output matrix, the scalar head."""
 
     def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
         norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
         self.cfg = cfg
         self.embed = Embed(cfg, rngs)
+        self.positions = Positions(cfg, rngs) if cfg.positions == "learned" else None
         self.embed_norm = norm() if cfg.embed_norm else None
         self.norm = norm()
         self.head = None if cfg.tied else Head(cfg, rngs)
         self.scalar = Scalar(cfg, rngs) if cfg.scalar_head else None  # last: a model draws the same with and without
 
-    def encode(self, tokens_BT, dtype, mesh):
+    def encode(self, tokens_BT, positions_BT, dtype, mesh):
         table_VD = constrain(self.embed.table[...], ("vocab", None), mesh)
         x_BTD = table_VD[tokens_BT].astype(dtype)
         if self.cfg.embed_scale:
             x_BTD = x_BTD * jnp.asarray(math.sqrt(self.cfg.width), dtype)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.table[...][positions_BT].astype(dtype)
         x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
         return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
 

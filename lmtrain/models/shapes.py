@@ -13,12 +13,14 @@ from lmtrain.types import nearest
 
 CHOICES = {
     "activation": (*GATED, *PLAIN),
-    "norm": ("rmsnorm", "gemma"),
+    "norm": ("rmsnorm", "gemma", "layernorm"),
+    "qk_norm_over": ("head", "all"),
+    "positions": ("rope", "learned"),
     "attention": ("auto", *BACKENDS),
     "remat": ("none", "dots", "full"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
-SCALINGS = ("none", "linear", "llama3", "yarn")
+SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 LARGEST_SIZE = 2**31 - 1  # of one dimension: what an int32 index reaches
 LARGEST_ARRAY = 2**40  # numbers in one parameter, all layers of a stack together: 4 TiB
@@ -42,7 +44,7 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
     _finite("model.rope_scaling", m.rope_scaling)
     for field in ("layers", "width", "heads"):
         _at_least(field, getattr(m, field), 1)
-    for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "window", "experts", "shared_experts", "expert_mlp",
+    for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "max_positions", "window", "experts", "shared_experts", "expert_mlp",
                   "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance", "router_z",
                   "init_scale", "rope_local_theta"):  # fmt: skip
         _at_least(field, getattr(m, field), 0)
@@ -55,11 +57,24 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
             f"{divisors(m.width)}, or set model.head_dim."
         )
     head_dim = m.head_dim or m.width // m.heads
-    if head_dim % 2:
+    turning = int(m.rotary * head_dim)
+    if m.positions == "rope" and m.rotary == 1 and head_dim % 2:
         raise schema.ConfigError(
             f"model.head_dim is {head_dim}{'' if m.head_dim else ' (model.width / model.heads)'}; "
             "rotary positions turn pairs, so it takes an even number."
         )
+    if m.positions == "rope" and (not 0 < m.rotary <= 1 or turning % 2 or turning < 2):
+        raise schema.ConfigError(
+            f"model.rotary is {m.rotary}, which turns {turning} of a head's {head_dim} dimensions; "
+            "it takes a share from 0 to 1 that is an even number of them."
+        )
+    if (m.positions == "learned") != bool(m.max_positions):
+        raise schema.ConfigError(
+            f"model.positions is {m.positions!r} and model.max_positions {m.max_positions}; "
+            "learned positions take the longest row there, others 0."
+        )
+    if not (m.pre_norm or m.post_norm):
+        raise schema.ConfigError("model.pre_norm and model.post_norm are both False; at least one takes True.")
     kv_heads = m.kv_heads or m.heads
     if m.heads % kv_heads:
         raise schema.ConfigError(
@@ -140,17 +155,25 @@ def _check_rope(m: schema.Model) -> None:
         )
     if s.kind == "none":
         return
-    if s.factor < 1 or s.original_length < 1:
+    if s.factor < 1 or s.original_length < 2:
         raise schema.ConfigError(
-            f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; both take at least 1."
+            f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; they take at least 1 and 2."
         )
     if s.kind == "llama3" and s.low_freq <= 0:
         raise schema.ConfigError(f"model.rope_scaling.low_freq is {s.low_freq}; it takes a number above 0.")
+    pairs = int(m.rotary * (m.head_dim or m.width // m.heads)) // 2
+    if s.kind == "longrope" and (len(s.short), len(s.long)) != (pairs, pairs):
+        raise schema.ConfigError(
+            f"model.rope_scaling has {len(s.short)} short and {len(s.long)} long divisors; longrope takes {pairs} of "
+            "each, one for every pair of dimensions that turns."
+        )
+    if s.kind == "longrope" and not all(math.isfinite(x) and x > 0 for x in (*s.short, *s.long)):
+        raise schema.ConfigError("model.rope_scaling.short and .long take finite numbers above 0.")
     if s.kind == "yarn" and s.beta_slow <= 0:
         raise schema.ConfigError(f"model.rope_scaling.beta_slow is {s.beta_slow}; it takes a number above 0.")
-    if s.kind == "yarn" and s.attention_factor < 0:
+    if s.attention_factor < 0:
         raise schema.ConfigError(
-            f"model.rope_scaling.attention_factor is {s.attention_factor}; it takes at least 0 (0: 0.1 ln(factor) + 1)."
+            f"model.rope_scaling.attention_factor is {s.attention_factor}; it takes at least 0 (0: worked out from the factor)."
         )
     if s.kind == "llama3" and s.high_freq <= s.low_freq:
         raise schema.ConfigError(

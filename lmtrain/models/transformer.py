@@ -24,7 +24,7 @@ from lmtrain.models import head
 from lmtrain.models import params as p
 from lmtrain.models.attention import Attention, keeps, platform
 from lmtrain.models.head import Ends, TokenLosses
-from lmtrain.models.layers import MLP, Norm, rope_tables
+from lmtrain.models.layers import BY_LENGTH, MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
 from lmtrain.models.shapes import groups, resolve
 from lmtrain.types import Batch, Params
@@ -37,21 +37,22 @@ UNROLLED = {"cpu": 12, "gpu": 32}
 
 # ------------------------------------------------------------------------------------------------------------ modules
 class Block(nnx.Module):
-    """One layer: attention and MLP, each added to the residual stream, normed before and (cfg.post_norm) after."""
+    """One layer: attention and MLP, each added to the residual stream, normed before it, after it, or both."""
 
     def __init__(self, cfg: schema.Model, kind: str, rngs: nnx.Rngs):
         norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
         self.attn = Attention(cfg, cfg.window if kind == "W" else 0, rngs)
         self.mlp = MoE(cfg, rngs) if cfg.experts else MLP(cfg, cfg.mlp, rngs)
-        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.attn_norm, self.mlp_norm = (norm(), norm()) if cfg.pre_norm else (None, None)
         self.attn_post_norm = norm() if cfg.post_norm else None
         self.mlp_post_norm = norm() if cfg.post_norm else None
 
     def __call__(self, x_BTD, tables, segments_BT, real_BT, mesh, cache=None, index_BT=None):
         """Returns (x, router losses or 0.0, cache or None); see Attention for the cache."""
-        y_BTD, cache = self.attn(self.attn_norm(x_BTD), tables, segments_BT, mesh, cache, index_BT)
+        h_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
+        y_BTD, cache = self.attn(h_BTD, tables, segments_BT, mesh, cache, index_BT)
         x_BTD = x_BTD + (y_BTD if self.attn_post_norm is None else self.attn_post_norm(y_BTD))
-        h_BTD = self.mlp_norm(x_BTD)
+        h_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
         y_BTD, aux = self.mlp(h_BTD, real_BT, mesh) if isinstance(self.mlp, MoE) else (self.mlp(h_BTD, mesh), 0.0)
         x_BTD = x_BTD + (y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD))
         return constrain(x_BTD, ("batch", "length", "act_embed"), mesh), aux, cache
@@ -130,7 +131,8 @@ def flops_per_token(cfg: schema.Model, row_length: int) -> float:
     dims = jax.tree.map(lambda a: len([name for name in a if name != "layers"]), axes(cfg), is_leaf=is_axes)
     vectors = sum(leaf.size for leaf, d in zip(*map(jax.tree.leaves, (shapes(cfg), dims)), strict=True) if d == 1)
     n = count(cfg)
-    matrices = n["active"] - vectors - (0 if cfg.tied else n["embedding"])
+    looked_up = (0 if cfg.tied else n["embedding"]) + cfg.max_positions * cfg.width
+    matrices = n["active"] - vectors - looked_up
     kinds = (cfg.pattern * cfg.layers)[: cfg.layers]
     seen = sum(min(cfg.window, row_length) if kind == "W" else row_length for kind in kinds)
     return float(6 * matrices + 12 * cfg.heads * cfg.head_dim * seen)
@@ -183,7 +185,15 @@ class Forward:
         tokens_BT = batch["tokens_BT"]
         segments_BT = batch.get("segments_BT")
         positions_BT = batch.get("positions_BT", jnp.arange(tokens_BT.shape[1])[None])
-        x_BTD, aux, _ = self.run(params, tokens_BT, positions_BT, segments_BT)
+        if self.cfg.positions == "learned" and tokens_BT.shape[1] > self.cfg.max_positions:
+            raise schema.ConfigError(
+                f"a row has {tokens_BT.shape[1]} positions, but model.max_positions is {self.cfg.max_positions}: the "
+                "positions that were learned end there."
+            )
+        length_B1 = None
+        if segments_BT is not None and self.cfg.rope_scaling.kind in BY_LENGTH:
+            length_B1 = jnp.where(segments_BT > 0, positions_BT, 0).max(axis=-1, keepdims=True) + 1
+        x_BTD, aux, _ = self.run(params, tokens_BT, positions_BT, segments_BT, length_B1=length_B1)
         return x_BTD, aux
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
@@ -232,22 +242,24 @@ class Forward:
         return head.cross_entropy(logits_BTV, targets_BT, self.mesh)
 
     # ---------------------------------------------------------------------------------- shared with decode.py
-    def run(self, params: Params, tokens_BT, positions_BT, segments_BT=None, cache=None):
+    def run(self, params: Params, tokens_BT, positions_BT, segments_BT=None, cache=None, length_B1=None):
         """Embedding, layers, last norm. Returns (hidden [B, T, D], router losses, cache or None).
 
         Args:
           cache: {"layers": a tuple of groups, "tail": ...} of what each layer's attention shall look back on (see
             Attention); its layers are traced one after the other. The returned one holds what they shall keep.
+          length_B1: of the rows, where it is not that of their last position (see rope_tables).
         """
         ends = self._ends(params)
-        x_BTD = ends.encode(tokens_BT, self.dtype, self.mesh)
+        x_BTD = ends.encode(tokens_BT, positions_BT, self.dtype, self.mesh)
         real_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
         index_BT = None if cache is None else positions_BT
         cfg = self.cfg
-        scaled = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        local = scaled
-        if cfg.rope_local_theta and "W" in cfg.pattern:
-            local = rope_tables(positions_BT, cfg.head_dim, cfg.rope_local_theta, schema.RopeScaling())
+        scaled = local = None
+        if cfg.positions == "rope":
+            scaled = local = rope_tables(positions_BT, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, length_B1)
+            if cfg.rope_local_theta and "W" in cfg.pattern:
+                local = rope_tables(positions_BT, cfg.rotary_dim, cfg.rope_local_theta, schema.RopeScaling())
         if cache is not None:  # worked out once for all layers, not again wherever they are used
             scaled, local = jax.lax.optimization_barrier((scaled, local))
         count, body, tail = groups(cfg)

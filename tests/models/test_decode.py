@@ -42,7 +42,7 @@ def full(cfg, params, tokens_BT):
 
 @jax.jit
 def start(model, prompt_BT):
-    kept = decode.read(model, prompt_BT)
+    kept = decode.read(model, prompt_BT, jnp.full(len(prompt_BT), prompt_BT.shape[1]))
     return decode.place(decode.empty(model, len(prompt_BT), S), kept, jnp.arange(len(prompt_BT)), model.mesh)
 
 
@@ -77,7 +77,7 @@ def test_rows_can_be_taken_placed_and_given_more_room():
     expected = full(cfg, params, tokens)[:, 8]
     cache = start(model, tokens[:, :8])
     cache = decode.resize(cache, np.array([2, 0]), 10)
-    kept = jax.jit(decode.read)(model, tokens[1:2])  # more than there are places, below
+    kept = jax.jit(decode.read)(model, tokens[1:2], jnp.full(1, tokens.shape[1]))  # more than there are places, below
     cache = decode.place(cache, kept, np.array([-1, 0]))  # row 0 stays the third prompt, row 1 becomes the second
     new = decode.empty(model, 2, 1)
     logits, _ = step(model, tokens[np.array([2, 1]), 8], jnp.array([8, 8]), cache, new, jnp.int32(0))
@@ -137,6 +137,7 @@ def test_prompts_that_the_mesh_does_not_divide_are_read_too():
     mesh = meshes.make(schema.Mesh(fsdp=4, data=-1))
     placed = jax.device_put(params, meshes.shardings(transformer.axes(cfg), mesh))
     tokens = jax.random.randint(jax.random.key(1), (3, 10), 0, V)
-    kept = jax.jit(decode.read)(decode.prepare(cfg, placed, mesh), tokens)
-    expected = jax.jit(decode.read)(decode.prepare(cfg, params), tokens)
+    length = jnp.full(len(tokens), tokens.shape[1])
+    kept = jax.jit(decode.read)(decode.prepare(cfg, placed, mesh), tokens, length)
+    expected = jax.jit(decode.read)(decode.prepare(cfg, params), tokens, length)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), kept, expected)

@@ -23,8 +23,11 @@ KINDS = {
     "llama": dict(activation="swiglu", qk_norm=False, tied=False, rope_scaling=RopeScaling("llama3", 8.0, 16)),
     "gemma": GEMMA,
     "moe": dict(experts=4, activation="swiglu", shared_experts=1),
+    "gpt2": dict(norm="layernorm", positions="learned", max_positions=64, activation="gelu", qk_norm=False,
+                 qkv_bias=True, out_bias=True, mlp_bias=True),
+    "olmo2": dict(pre_norm=False, post_norm=True, qk_norm_over="all", activation="swiglu", rotary=0.5),
     "biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True, embed_norm=True, norm_scale=False, qk_norm_scale=False),
-}
+}  # fmt: skip
 
 
 def tiny(vocab=V, **fields):
@@ -395,7 +398,11 @@ def test_resolve_fills_in_what_is_left_open():
         (dict(pattern="GL"), r"model.pattern is 'GL'; it takes a word of G \(global\) and W"),
         (dict(window=8), r"model.window is 8, but model.pattern='G' has no windowed layer"),
         (dict(activation="swigelu"), r"model.activation is 'swigelu'.*Did you mean swiglu\?"),
-        (dict(norm="layernorm"), r"model.norm is 'layernorm'; it takes rmsnorm, gemma"),
+        (dict(rotary=0.1), r"model.rotary is 0.1, which turns 0 of a head's 8 dimensions"),
+        (dict(positions="learned"), r"model.positions is 'learned' and model.max_positions 0"),
+        (dict(pre_norm=False), r"model.pre_norm and model.post_norm are both False"),
+        (dict(rope_scaling=RopeScaling("longrope", 2.0, 16, short=(1.0,))), "1 short and 0 long divisors; longrope"),
+        (dict(norm="batchnorm"), r"model.norm is 'batchnorm'; it takes rmsnorm, gemma, layernorm"),
         (dict(attention="splsh"), r"model.attention is 'splsh'.*Did you mean splash\?"),
         (dict(remat="all"), r"model.remat is 'all'; it takes none, dots, full"),
         (dict(dtype="fp32"), r"model.dtype is 'fp32'"),
