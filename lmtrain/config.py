@@ -316,9 +316,8 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     if kind is Any:
         return value
     if typing.get_origin(kind) is tuple:
-        of, like = (str, "text, such as ('a', 'b')")
-        if typing.get_args(kind)[0] is float:
-            of, like = (int | float, "numbers, such as (1.0, 2.5)")
+        numbers = typing.get_args(kind)[0] is float
+        of, like = ((int, float), "numbers, such as (1.0, 2.5)") if numbers else ((str,), "text, such as ('a', 'b')")
         if isinstance(value, (tuple, list)) and all(isinstance(v, of) and not isinstance(v, bool) for v in value):
             return tuple(value)
         raise ConfigError(f"{where} is {value!r}, but takes a tuple of {like}.")

@@ -65,8 +65,8 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                     if stage.data.row_length > scaling.original_length:
                         raise schema.ConfigError(
                             f"model.rope_scaling.kind is {scaling.kind!r}: past {scaling.original_length} positions a "
-                            "token's likelihood as it is drawn is not what it is in the finished row, so RL would learn "
-                            f"from wrong ratios; data.row_length takes at most {scaling.original_length}."
+                            "token is not as likely when it is drawn as in the finished row, so RL would learn from "
+                            f"wrong ratios; data.row_length takes at most {scaling.original_length}."
                         )
                 check_feed(feeds.settled(stage), list(models))
                 models[name] = origin

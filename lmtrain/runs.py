@@ -160,7 +160,7 @@ def nearest_run(path: pathlib.Path) -> str:
 def stored_model(stored: dict[str, Any]) -> schema.Model:
     """The schema.Model in a stage's config.json."""
     fields = dict(stored["model"])
-    scaling = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
+    scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
     return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling)})
 
 

@@ -37,9 +37,7 @@ class RopeScaling:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: the ends of its ramp are whole dimensions
-    attention_factor: float = (
-        0.0  # yarn; 0: 0.1 ln(factor) + 1. longrope; 0: sqrt(1 + ln(factor) / ln(original_length))
-    )
+    attention_factor: float = 0.0  # 0: 0.1 ln(factor) + 1 (yarn), sqrt(1 + ln(factor) / ln(original_length)) (longrope)
     short: tuple[float, ...] = ()  # longrope: what divides each frequency in rows of up to original_length,
     long: tuple[float, ...] = ()  # and in longer ones
 

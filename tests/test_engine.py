@@ -97,7 +97,7 @@ def test_greedy_replies_take_the_full_forward_passs_likeliest_tokens(kind):
         np.testing.assert_array_equal(done.tokens, np.argmax(logits_TV, -1))
         np.testing.assert_allclose(done.logps, log_softmax(logits_TV)[np.arange(30), done.tokens], atol=1e-4)
         assert done.finish == "length" and len(done.tokens) == 30
-    assert len({token for done in replies for token in done.tokens}) > 3
+    assert len({token for done in replies for token in done.tokens}) > 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

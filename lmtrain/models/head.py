@@ -62,7 +62,7 @@ class Scalar(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """All that is not a layer: embedding, learned positions, its norm, the last norm, the output matrix, the scalar head."""
+    """All that is not a layer: embedding, learned positions, norms of both ends, the output matrix, the scalar head."""
 
     def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
         norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)

@@ -44,9 +44,9 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
     _finite("model.rope_scaling", m.rope_scaling)
     for field in ("layers", "width", "heads"):
         _at_least(field, getattr(m, field), 1)
-    for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "max_positions", "window", "experts", "shared_experts", "expert_mlp",
-                  "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance", "router_z",
-                  "init_scale", "rope_local_theta"):  # fmt: skip
+    for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "max_positions", "window", "experts", "shared_experts",
+                  "expert_mlp", "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance",
+                  "router_z", "init_scale", "rope_local_theta"):  # fmt: skip
         _at_least(field, getattr(m, field), 0)
     if m.norm_eps <= 0:
         raise schema.ConfigError(f"model.norm_eps is {m.norm_eps}; it takes a number above 0.")
@@ -157,7 +157,8 @@ def _check_rope(m: schema.Model) -> None:
         return
     if s.factor < 1 or s.original_length < 2:
         raise schema.ConfigError(
-            f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; they take at least 1 and 2."
+            f"model.rope_scaling: factor is {s.factor} and original_length {s.original_length}; "
+            "they take at least 1 and 2."
         )
     if s.kind == "llama3" and s.low_freq <= 0:
         raise schema.ConfigError(f"model.rope_scaling.low_freq is {s.low_freq}; it takes a number above 0.")
@@ -173,7 +174,8 @@ def _check_rope(m: schema.Model) -> None:
         raise schema.ConfigError(f"model.rope_scaling.beta_slow is {s.beta_slow}; it takes a number above 0.")
     if s.attention_factor < 0:
         raise schema.ConfigError(
-            f"model.rope_scaling.attention_factor is {s.attention_factor}; it takes at least 0 (0: worked out from the factor)."
+            f"model.rope_scaling.attention_factor is {s.attention_factor}; it takes at least 0 "
+            "(0: worked out from the factor)."
         )
     if s.kind == "llama3" and s.high_freq <= s.low_freq:
         raise schema.ConfigError(

@@ -43,7 +43,8 @@ class Block(nnx.Module):
         norm = functools.partial(Norm, cfg, cfg.width, cfg.norm_scale, rngs)
         self.attn = Attention(cfg, cfg.window if kind == "W" else 0, rngs)
         self.mlp = MoE(cfg, rngs) if cfg.experts else MLP(cfg, cfg.mlp, rngs)
-        self.attn_norm, self.mlp_norm = (norm(), norm()) if cfg.pre_norm else (None, None)
+        self.attn_norm = norm() if cfg.pre_norm else None
+        self.mlp_norm = norm() if cfg.pre_norm else None
         self.attn_post_norm = norm() if cfg.post_norm else None
         self.mlp_post_norm = norm() if cfg.post_norm else None
 

@@ -398,7 +398,7 @@ def test_resolve_fills_in_what_is_left_open():
         (dict(pattern="GL"), r"model.pattern is 'GL'; it takes a word of G \(global\) and W"),
         (dict(window=8), r"model.window is 8, but model.pattern='G' has no windowed layer"),
         (dict(activation="swigelu"), r"model.activation is 'swigelu'.*Did you mean swiglu\?"),
-        (dict(rotary=0.1), r"model.rotary is 0.1, which turns 0 of a head's 8 dimensions"),
+        (dict(rotary=0.1), r"model.rotary is 0.1, which turns 3 of a head's 32 dimensions"),
         (dict(positions="learned"), r"model.positions is 'learned' and model.max_positions 0"),
         (dict(pre_norm=False), r"model.pre_norm and model.post_norm are both False"),
         (dict(rope_scaling=RopeScaling("longrope", 2.0, 16, short=(1.0,))), "1 short and 0 long divisors; longrope"),
