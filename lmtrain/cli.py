@@ -109,6 +109,20 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("dir", help="a run's folder, or that of one of its stages")
     look.set_defaults(command=_inspect, takes_overrides=False)
 
+    export = commands.add_parser(
+        "export", help="write a run as a folder that transformers loads",
+        description="Writes config.json, safetensors, the tokenizer with its chat template, and a model card with the "
+        "run's data, settings and scores. --to must not exist yet.",
+    )  # fmt: skip
+    export.add_argument("dir", help="a run's folder, that of one of its stages, or hf:FOLDER")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="the folder to write")
+    export.add_argument(
+        "--dtype", default="float32", help="of the tensors: float32, bfloat16, float16 (default float32)"
+    )
+    export.add_argument("--family", default="", help="a family of transformers (default: the first that computes this)")
+    export.add_argument("--shard-gb", type=float, default=5.0, help="largest file of tensors, in GB (default 5)")
+    export.set_defaults(command=_export, takes_overrides=False)
+
     bench = commands.add_parser("bench", help="measure speed against a ceiling taken in the same run")
     kinds = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     training = kinds.add_parser("train", help="tokens/s, FLOP/s and memory of a training step")
@@ -235,6 +249,15 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> None:
     from lmtrain import report
 
     print(report.inspect(args.dir))
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import publish
+
+    if not args.shard_gb > 0:
+        raise LmtrainError(f"--shard-gb is {args.shard_gb}, but takes a number above 0.")
+    to = publish.export(args.dir, args.to, args.dtype, args.family, int(args.shard_gb * 1e9))
+    print(f"lmtrain export: {args.dir}, written to {to}")
 
 
 def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:

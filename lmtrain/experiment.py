@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, compilation, config, feeds, flags, log, preflight, runs, schema, scoring, train
+from lmtrain import checkpoint, compilation, config, feeds, flags, log, origins, preflight, runs, schema, scoring, train
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -82,7 +83,7 @@ def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
     """What an experiment without a tokenizer stage takes: that of the run it starts from, else a BPE of its data."""
     if not first.init_from:
         return schema.Tokenizer()
-    return schema.Tokenizer(kind="file", path=str(runs.find_stage(pathlib.Path(first.init_from)).parent / "tokenizer"))
+    return schema.Tokenizer(kind="file", path=str(origins.find(first.init_from).tokenizer))
 
 
 def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
@@ -90,10 +91,12 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
     note = folder / "config.json"
     if jax.process_index() == 0 and not note.exists():
+        beside: list[pathlib.Path] = []  # files that say how an imported model chats
         if cfg.kind == "bytes":
             tok = tokenizer_lib.bytes_tokenizer()
         elif cfg.kind == "file":
             tok = tokenizer_lib.load(pathlib.Path(cfg.path))
+            beside = [pathlib.Path(cfg.path) / side for side in tokenizer_lib.BESIDE]
         elif cfg.kind == "bpe":
             texts, names = tokenizer_texts(cfg, first)
             log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {names}")
@@ -104,6 +107,9 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
             )
         folder.mkdir(parents=True, exist_ok=True)
         tok.save(folder)
+        for side in beside:
+            if side.exists():
+                shutil.copy(side, folder / side.name)
         runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
     mesh_lib.barrier("tokenizer")
@@ -132,17 +138,13 @@ def training_stage(
 ) -> runs.Run:  # fmt: skip
     """Runs, resumes or skips one training stage."""
     here, cfg = folder / name, feeds.settled(cfg)
-    start = runs.locate(cfg.init_from, folder) if cfg.init_from else folder / before if before else None
-    origin = None
-    if start:
-        stored = runs.read_json(start / "config.json")
-        if stored["tokenizer_sha256"] != tok.fingerprint:
-            raise LmtrainError(
-                f"init_from {start}: it was trained with another tokenizer, so its tokens mean other text. Take its "
-                f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={start.parent / 'tokenizer'}"
-            )
-        origin = runs.stored_model(stored)
-    model = preflight.model_of(cfg, origin, tok.vocab_size)
+    start = origins.find(cfg.init_from or before, folder) if cfg.init_from or before else None
+    if start and start.fingerprint != tok.fingerprint:
+        raise LmtrainError(
+            f"init_from {start.where}: it was trained with another tokenizer, so its tokens mean other text. Take its "
+            f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={start.tokenizer}"
+        )
+    model = preflight.model_of(cfg, start.model if start else None, tok.vocab_size)
     if model.vocab_size < tok.vocab_size:
         raise schema.ConfigError(
             f"stages.{name}.model.vocab_size is {model.vocab_size}, but the tokenizer has {tok.vocab_size} tokens."
@@ -156,7 +158,8 @@ def training_stage(
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
         return runs.load(here)
 
-    initial = initial_params(start, settings, model, mesh) if start else None
+    initial = initial_params(start, model, mesh) if start else None
+    cfg = runs.with_template(cfg, folder)
     made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial, start)
     try:
         feed = feeds.build(made)
@@ -194,19 +197,14 @@ def training_stage(
     return done
 
 
-def initial_params(
-    origin: pathlib.Path, settings: dict[str, Any], model: schema.Model, mesh: Mesh
-) -> Callable[[], Params]:
+def initial_params(origin: origins.Origin, model: schema.Model, mesh: Mesh) -> Callable[[], Params]:
     """A function that loads the parameters a stage starts from, sharded over the mesh. A scalar head that the origin
     has and this model has not is left out; one that only this model has is drawn afresh (step.make_init)."""
 
     def load() -> Params:
-        stored = runs.read_json(origin / "config.json")
-        theirs = runs.stored_model(stored)
-        compare_models(dataclasses.asdict(theirs), settings["model"], f"init_from {origin}", "stages.NAME.model")
-        params = checkpoint.load_params(
-            origin / "checkpoints", shardings=mesh_lib.shardings(transformer.axes(theirs), mesh)
-        )
+        theirs, ours = dataclasses.asdict(origin.model), dataclasses.asdict(model)
+        compare_models(theirs, ours, f"init_from {origin.where}", "stages.NAME.model")
+        params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), mesh))
         return {k: v for k, v in params.items() if k != "scalar" or model.scalar_head}
 
     return load

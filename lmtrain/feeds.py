@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, config, engine, flags, log, runs, schema, train
+from lmtrain import config, engine, flags, log, origins, schema, train
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, conversations, pipeline
 from lmtrain.data.table import Conversations
@@ -63,7 +63,7 @@ class Stage:
     folder: pathlib.Path  # the run's
     name: str
     initial: Callable[[], Params] | None
-    start: pathlib.Path | None = None  # the stage that `initial` reads
+    start: origins.Origin | None = None  # what `initial` reads
 
 
 def kind(cfg: schema.Stage) -> str:
@@ -205,7 +205,7 @@ def add_reference(s: Stage, tables: dict[str, Conversations]) -> None:
             " put a stage before it, or set init_from to a run."
         )
     start: Frozen | None = None
-    origin = checkpoint.identity(s.start / "checkpoints")
+    origin = s.start.identify()
     logps = jax.jit(lambda f, batch: f.forward.logps(f.params, batch), out_shardings=mesh_lib.replicated(s.mesh))
     for name, table in tables.items():
         file = s.folder / s.name / f"reference-{table.identity['corpus'][:16]}-{origin[:16]}.npy"
@@ -306,12 +306,10 @@ def beginning(s: Stage) -> Frozen:
 def frozen(run: str, s: Stage) -> Frozen:
     """The last parameters of a run, or of an earlier stage of this one, sharded over the stage's mesh. Refuses another
     tokenizer."""
-    where = runs.locate(run, s.folder)
-    made = runs.frozen(where, s.mesh)
-    theirs = runs.read_json(where / "config.json")["tokenizer_sha256"]
-    if theirs != s.tokenizer.fingerprint:
+    found = origins.find(run, s.folder)
+    if found.fingerprint != s.tokenizer.fingerprint:
         raise LmtrainError(f"{run}: trained with another tokenizer than {s.folder}, so its tokens mean other text.")
-    return made
+    return found.frozen(s.mesh)
 
 
 def scores(feed: Feed, first: dict[str, Any], last: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, feeds, optim, runs, schema, scoring
+from lmtrain import checkpoint, feeds, optim, origins, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
 from lmtrain.models import transformer
@@ -47,8 +47,7 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                 if stage.init_from in models:
                     origin = models[stage.init_from]
                 elif stage.init_from and not checkpoint.steps(folder / name / "checkpoints"):
-                    found = runs.find_stage(pathlib.Path(stage.init_from))
-                    origin = runs.stored_model(runs.read_json(found / "config.json"))
+                    origin = origins.find(stage.init_from, folder).model
                 origin = model_of(stage, origin, stage.model.vocab_size or (origin.vocab_size if origin else 0) or 1024)
                 axes = transformer.axes(origin)
                 if stage.model.vocab_size:
@@ -78,7 +77,7 @@ def check_feed(stage: schema.Stage, before: list[str]) -> None:
     """Refuses data, tasks, rewards and references that cannot be. `before`: the training stages before it."""
 
     def exists(run: str) -> Any:
-        return None if run in before else runs.find_stage(pathlib.Path(run))
+        return None if run in before else origins.find(run)
 
     what, r = feeds.kind(stage), stage.rollout
     compares = getattr(stage.loss, "REFERENCE", False) or (what == "rollout" and r.reference == "start")

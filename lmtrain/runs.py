@@ -21,21 +21,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from lmtrain import checkpoint, engine, log, schema
-from lmtrain import mesh as mesh_lib
-from lmtrain.data import chat
+from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
-from lmtrain.models import transformer
-from lmtrain.types import Frozen, LmtrainError, Params
+from lmtrain.interop import huggingface
+from lmtrain.types import LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
 
 
 @dataclasses.dataclass
 class Run:
-    """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation."""
+    """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation.
+
+    Of a Hugging Face folder: stage "", step 0, no metrics, and parameters in the dtype that they are stored in.
+    """
 
     folder: pathlib.Path
     stage: str
@@ -53,8 +54,10 @@ class Run:
     @functools.cached_property
     def template(self) -> chat.Template:
         """How the stage wrote conversations; lmtrain's own template where it wrote none."""
+        if not self.stage:
+            return chat.Template(self.tokenizer, str(self.folder) if jinja.held(self.folder) else "")
         settings = self.config["stages"].get(self.stage, {})
-        return chat.Template(self.tokenizer, settings.get("data", {}).get("template", ""))
+        return chat.Template(self.tokenizer, template(self.folder, settings.get("data", {}).get("template", "")))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -99,7 +102,12 @@ def before_stop(text: str, stop: Sequence[str]) -> int:
 
 
 def load(folder: str | os.PathLike[str]) -> Run:
-    """Opens a run (its last stage with a checkpoint) or one stage's folder, for generation and inspection."""
+    """Opens a run (its last stage with a checkpoint), one stage's folder, or a Hugging Face folder ("hf:..."), for
+    generation and inspection."""
+    if str(folder).startswith(huggingface.PREFIX):
+        found = huggingface.open_folder(str(folder))
+        config = {"model": dataclasses.asdict(found.model), "stages": {}}
+        return Run(found.path, "", config, found.model, found.tokenizer(), found.params(dtype="stored"), 0)
     path = pathlib.Path(folder)
     stage_folder = find_stage(path)
     stored = read_json(stage_folder / "config.json")
@@ -120,12 +128,15 @@ def locate(name: str, here: pathlib.Path) -> pathlib.Path:
     return here / name if name and (here / name / "config.json").exists() else find_stage(pathlib.Path(name))
 
 
-def frozen(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> Frozen:
-    """A run's last parameters and its forward pass, to be read and never trained; sharded over a mesh where given."""
-    here = find_stage(pathlib.Path(folder))
-    model = stored_model(read_json(here / "config.json"))
-    shardings = mesh_lib.shardings(transformer.axes(model), mesh) if mesh is not None else None
-    return Frozen(checkpoint.load_params(here / "checkpoints", shardings=shardings), transformer.Forward(model, mesh))
+def template(folder: pathlib.Path, asked: str) -> str:
+    """The chat template that a run's stage writes with: the one asked for, else that of an imported tokenizer, else ""
+    (lmtrain's own)."""
+    return asked or (str(folder / "tokenizer") if jinja.held(folder / "tokenizer") else "")
+
+
+def with_template(cfg: schema.Stage, folder: pathlib.Path) -> schema.Stage:
+    """A stage with that template. What config.json keeps is what was asked for, so that a run may be moved."""
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, template=template(folder, cfg.data.template)))
 
 
 def find_stage(path: pathlib.Path) -> pathlib.Path:

@@ -74,7 +74,8 @@ def _score(
     model, how = runs.stored_model(stored), stored["stages"][stage.name]
     shardings = mesh_lib.shardings(transformer.axes(model), mesh)
     params: Params = checkpoint.load_params(stage / "checkpoints", shardings=shardings)
-    engine, template = Engine(model, mesh, slots=cfg.slots), chat.Template(tok, how["data"]["template"])
+    engine = Engine(model, mesh, slots=cfg.slots)
+    template = chat.Template(tok, runs.template(stage.parent, how["data"]["template"]))
     scores: Scores = {}
     for task_name, task in made.items():
         rows = min(cfg.rows or len(task.rows("heldout")), len(task.rows("heldout")))

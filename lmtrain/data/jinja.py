@@ -229,6 +229,16 @@ class _Run:
         return [self._escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def held(folder: Path) -> bool:
+    """Whether a folder holds a chat template: chat_template.jinja, or one in tokenizer_config.json."""
+    if (folder / "chat_template.jinja").exists():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def read(source: str) -> tuple[str, str, dict]:
     """(name, template, tokenizer_config.json or {}) of what `data.template` names.
 

@@ -51,6 +51,8 @@ PIECE = 1 << 14
 # Characters that one call encodes: what `tokenizers` returns takes some forty times the room of its text.
 _CALL = 1 << 20
 
+#: Files beside a tokenizer.json that say how its model chats, and stops.
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 # What other vocabularies call the token that ends a document.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop.families import FAMILIES, Family, Weight
 from lmtrain.interop.fields import Fields
+from lmtrain.interop.layout import expected
 from lmtrain.models import transformer
 from lmtrain.models.shapes import groups
 from lmtrain.schema import ConfigError, Model
@@ -54,14 +55,6 @@ class Folder:
     files: dict[str, pathlib.Path]
     strip: str
     dtype: str
-
-    @property
-    def template(self) -> str:
-        """The folder where it holds a chat template, else ""."""
-        if (self.path / "chat_template.jinja").exists():
-            return str(self.path)
-        settings = self.path / "tokenizer_config.json"
-        return str(self.path) if settings.exists() and "chat_template" in _json(settings) else ""
 
     @property
     def identity(self) -> str:
@@ -225,18 +218,22 @@ def read_config(file: pathlib.Path) -> tuple[Family, Model]:
     Raises:
       LmtrainError: it is no JSON object, of an architecture without a table, or has a field that is not understood.
     """
-    values = _json(file)
+    return read_values(_json(file), str(file))
+
+
+def read_values(values: dict[str, Any], where: str) -> tuple[Family, Model]:
+    """The same of the object itself; `where` is its file, for messages."""
     kind = values.get("model_type")
     if kind not in FAMILIES:
         hint = nearest(str(kind), FAMILIES)
-        raise LmtrainError(f"{file}: model_type is {kind!r}; lmtrain reads {', '.join(FAMILIES)}.{hint}")
+        raise LmtrainError(f"{where}: model_type is {kind!r}; lmtrain reads {', '.join(FAMILIES)}.{hint}")
     family = FAMILIES[kind]
     architectures = values.get("architectures")
     named = architectures or [family.architecture]
     base = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
     if not isinstance(named, list) or not set(named) <= {family.architecture, base}:
-        raise LmtrainError(f"{file}: architectures is {named}; lmtrain reads {family.architecture} of {kind}.")
-    f = Fields(values, str(file))
+        raise LmtrainError(f"{where}: architectures is {named}; lmtrain reads {family.architecture} of {kind}.")
+    f = Fields(values, where)
     model: dict[str, Any] = dict(family.fixed)
     types = {x.name: type(x.default) for x in dataclasses.fields(Model)}
     for theirs, ours in family.fields.items():
@@ -249,7 +246,7 @@ def read_config(file: pathlib.Path) -> tuple[Family, Model]:
     try:
         return family, transformer.resolve(Model(**model, zero_init=False))
     except ConfigError as error:
-        raise LmtrainError(f"{file}: {error}") from None
+        raise LmtrainError(f"{where}: {error}") from None
 
 
 def find_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -311,62 +308,6 @@ def check_tensors(
                     raise LmtrainError(f"{file}: tensor {name} is {dtype}; lmtrain reads {', '.join(DTYPES)}.")
                 dtypes[dtype] = dtypes.get(dtype, 0) + int(np.prod(shape))
     return files, strip, DTYPES[max(dtypes, key=lambda d: dtypes[d])]
-
-
-def expected(family: Family, model: Model) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a model."""
-    out: dict[str, tuple[int, ...]] = {}
-    for name, parts in tensors_of(family, model):
-        out[name] = shape_of([(weight, shape) for weight, _, _, shape in parts])
-    return out
-
-
-#: One of our arrays in a tensor: its place in the table, its path, its layer (in its stack; None: not stacked), shape.
-Part = tuple[Weight, tuple[str, ...], int | None, tuple[int, ...]]
-
-
-def tensors_of(family: Family, model: Model) -> Iterator[tuple[str, list[Part]]]:
-    """Every tensor of a model, and which of our arrays lie in it, in their order."""
-    shapes = transformer.shapes(model)
-    count, body, tail = groups(model)
-
-    def leaves(tree: Any) -> dict[str, tuple[int, ...]]:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in found}
-
-    here = {name: tree for name, tree in shapes.items() if name not in ("layers", "tail", "scalar")}
-    yield from _grouped(family.ends, leaves(here), (), None, {})
-    for number in range(model.layers):
-        g, place = divmod(number, len(body))
-        stack, at = ("layers", g) if g < count else ("tail", 0)
-        shape = leaves(shapes[stack][str(place)])
-        yield from _grouped(family.layer, shape, (stack, str(place)), at, {"l": number})
-
-
-def _grouped(
-    table: tuple[Weight, ...], shapes: dict[str, tuple[int, ...]], stem: tuple[str, ...], at: int | None,
-    where: dict[str, int],
-) -> Iterator[tuple[str, list[Part]]]:  # fmt: skip
-    parts: dict[str, list[Part]] = {}
-    for weight in table:
-        if weight.ours not in shapes:
-            continue
-        shape = shapes[weight.ours] if at is None else shapes[weight.ours][1:]
-        path = (*stem, *weight.ours.split("/"))
-        for e in range(shape[0]) if "{e}" in weight.theirs else [None]:
-            name = weight.theirs.format(**where, **({} if e is None else {"e": e}))
-            parts.setdefault(name, []).append((weight, path, at, shape if e is None else shape[1:]))
-    yield from parts.items()
-
-
-def shape_of(parts: list[tuple[Weight, tuple[int, ...]]]) -> tuple[int, ...]:
-    """The shape of the tensor that holds these arrays of ours, one after the other."""
-    weight, first = parts[0]
-    if weight.ins == 0:
-        return (sum(shape[0] for _, shape in parts), *first[1:])
-    ins = int(np.prod(first[: weight.ins]))
-    outs = sum(int(np.prod(shape[weight.ins :])) for _, shape in parts)
-    return (ins, outs) if weight.flat else (outs, ins)
 
 
 # ------------------------------------------------------------------------------------------------------------- details
