@@ -8,8 +8,8 @@ Losses: dpo dpo_norm ipo kto simpo orpo (objectives/preference.py). SFT on the c
 starts from a run. Rows: `prompt`, `chosen`, `rejected`. Reported: how often the model's implicit reward prefers the
 chosen reply of held-out pairs, with its interval; chance gets one half (KTO has no pairs: its loss).
 
-3 minutes on two cores with 574 pairs of AlpacaEval (`dpo.py:init=RUN,sft=60,steps=80`, 0.82M parameters): 88.0 % (80.9 to
-92.7) of 117 held-out pairs; chance 50 %, taking the longer reply 86.5 %, so it has perhaps learned little else.
+3 minutes on two cores with 574 pairs of AlpacaEval (`dpo.py:init=RUN,sft=60,steps=80`, 0.82M parameters): 88.0 % (80.9
+to 92.7) of 117 held-out pairs; chance 50 %, taking the longer reply 86.5 %, so it has perhaps learned little else.
 """
 
 from lmtrain import config, flags

@@ -7,8 +7,8 @@ Losses: grpo dapo dr_grpo gspo cispo rloo (objectives/policy.py; PPO has ppo.py)
 comes first, from scratch; three in ten of them are wrong, which is what RL has to unlearn. The task: any of
 lmtrain/tasks, or "package.module:Class". `:control=shuffle` (zero, flip) gives rewards that must not help.
 
-2 min 40 s on two cores (0.82M parameters). Held out, addition, 256 rows x 16 replies, one seed: 73.8 % after SFT, 94.5 %
-(93.5 to 95.4) after GRPO, pass@16 100 % before and after.
+2 min 40 s on two cores (0.82M parameters). Held out, addition, 256 rows x 16 replies, one seed: 73.8 % after SFT, 94.5
+% (93.5 to 95.4) after GRPO, pass@16 100 % before and after.
 """
 
 from lmtrain import config, flags

@@ -7,8 +7,8 @@ The file: JSONL, or a JSON array with `:source=json`. Rows with `messages`, Shar
 `instruction`, `input`, `output`, or `prompt` and `completion` are recognised. `lmtrain chat runs/sft` talks to the
 result.
 
-10 minutes on two busy cores with 1,200 customer-service dialogues (0.92M parameters, 400 + 400 steps): held out 4.231 bits
-per byte before, 1.069 after; gzip -9 has 2.543.
+10 minutes on two busy cores with 1,200 customer-service dialogues (0.92M parameters, 400 + 400 steps): held out 4.231
+bits per byte before, 1.069 after; gzip -9 has 2.543.
 """
 
 from lmtrain import config

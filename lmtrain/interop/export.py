@@ -105,7 +105,7 @@ def choose(m: Model, kind: str = "") -> tuple[str, dict[str, Any]]:
         lacks[name] = differences(m, back)
         if not lacks[name]:
             return name, values
-    best = min(lacks, key=lambda name: len(lacks[name]))
+    best = min(lacks, key=lambda name: len(lacks[name]) if hasattr(m, lacks[name][0]) else len(lacks))
     whole = normal(m)
     said = ", ".join(f"model.{f}={getattr(whole, f)!r}" if hasattr(whole, f) else f for f in lacks[best])
     raise LmtrainError(f"no class of transformers computes this model; {best} would, but for {said}.")

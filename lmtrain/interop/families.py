@@ -56,9 +56,9 @@ class Family:
 
 
 # ------------------------------------------------------------------------------------------------------------ aspects
-def _rope(theta: float = 10000.0, local: float = 0.0) -> Aspect:
+def _rope(theta: float = 10000.0, local: float = 0.0, partial: bool = False) -> Aspect:
     return (
-        lambda f, m: f_lib.read_rope(f, m, theta, local),
+        lambda f, m: f_lib.read_rope(f, m, theta, local, partial),
         lambda m, out: f_lib.write_rope(m, out, local=bool(local)),
     )
 
@@ -319,7 +319,7 @@ FAMILIES: dict[str, Family] = {
          "scale_attn_by_inverse_layer_idx": (False,)}, prefix="transformer.",
     ),
     "phi3": Family(
-        "Phi3ForCausalLM", _FIELDS, _DEFAULTS | {"rms_norm_eps": 1e-5}, _GATED, (_rope(), _window()),
+        "Phi3ForCausalLM", _FIELDS, _DEFAULTS | {"rms_norm_eps": 1e-5}, _GATED, (_rope(partial=True), _window()),
         _layer(*_PHI, *_BEFORE), _ENDS, _SILU,
     ),
     "olmo2": Family(

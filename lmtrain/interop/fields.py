@@ -92,12 +92,15 @@ class Fields:
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
-def read_rope(f: Fields, model: dict[str, Any], theta: float = 10000.0, local: float = 0.0) -> None:
+def read_rope(
+    f: Fields, model: dict[str, Any], theta: float = 10000.0, local: float = 0.0, partial: bool = False
+) -> None:
     """rope_theta, rope_scaling and partial_rotary_factor (transformers 4), or rope_parameters (5), into a model.
 
     Args:
       theta: where the file gives none.
       local: of windowed layers, where the family has two and the file gives none (Gemma 3).
+      partial: whether the family's code turns a part of a head only.
     """
     longest = f.take("max_position_embeddings", 2048, int)
     given = f.take("rope_parameters", None)
@@ -131,6 +134,8 @@ def read_rope(f: Fields, model: dict[str, Any], theta: float = 10000.0, local: f
         if name not in ROPE_KEYS[kind]:
             hint = nearest(name, ROPE_KEYS[kind])
             raise f.error(f"rope scaling {kind!r} has {name}={scaling[name]!r}, which is not understood.{hint}")
+    if share != 1 and not partial:
+        raise f.error(f"partial_rotary_factor is {share}, but this family's heads turn whole.")
     model |= {"rope_theta": float(theta), "rotary": float(share), "rope_local_theta": float(local)}
     model["rope_scaling"] = _scaling(f, kind, scaling, longest)
 

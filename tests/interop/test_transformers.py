@@ -1,4 +1,4 @@
-"""Against Hugging Face's own code: random models of every family, in and out. `make test-peers` runs this, with torch."""
+"""Against Hugging Face's own code: random models of every family, in and out. Needs torch: `make test-peers`."""
 
 import json
 import os
@@ -33,7 +33,8 @@ LONG = dict(short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[2.0 + 0
 EXPERTS = dict(num_experts=6, moe_intermediate_size=24)
 CASES = {
     "llama": ("Llama", SIZES),
-    "llama, odd sizes": ("Llama", SIZES | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=10)),
+    "llama, odd sizes": ("Llama", SIZES | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3,
+                                               head_dim=10)),
     "llama, tied and biased": ("Llama", SIZES | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "llama 3": ("Llama", SIZES | scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                         original_max_position_embeddings=64)),
