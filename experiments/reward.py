@@ -5,8 +5,8 @@
 Rows: `prompt`, `chosen`, `rejected` (text, or messages). `:init=RUN` starts from a run instead of a short pretraining
 of its own. Reported: accuracy on held-out pairs, with its interval, beside the half that chance gets.
 
-5 minutes on two busy cores with 593 pairs of AlpacaEval (0.92M parameters, from a run): 83.6 % of 122 held-out pairs
-right after 100 steps, 81.1 % (73.3 to 87.1) after 300, by when the training loss is 0; chance 50 %, the longer reply 66 %.
+5 minutes on two busy cores with 593 pairs of AlpacaEval (0.92M parameters, from a run). Of 122 held-out pairs 83.6 %
+right after 100 steps, 81.1 % (73.3 to 87.1) after 300, by when the training loss is 0; chance 50 %, the longer 66 %.
 """
 
 from lmtrain import config

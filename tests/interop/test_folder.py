@@ -162,7 +162,7 @@ WRONG = {
     "cut short": (cut, "model.safetensors: cut short or damaged"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: cut short or damaged"),
     "no tensor": (lambda f: tensors(f, lambda t: t.pop(NORM)), f"tensor {NORM} is missing, .32. by config.json"),
-    "another shape": (lambda f: tensors(f, lambda t: t.update({NORM: np.ones(31, np.float32)})), f"{NORM} is .31., but"),
+    "another shape": (lambda f: tensors(f, lambda t: t.update({NORM: np.ones(31, np.float32)})), "is .31., but"),
     "another dtype": (lambda f: tensors(f, lambda t: t.update({NORM: np.ones(32, np.int8)})), f"{NORM} is I8; lmtrain"),
     "float64": (lambda f: tensors(f, lambda t: t.update({NORM: np.ones(32)})), f"{NORM} is F64; lmtrain reads F32"),
     "one more": (lambda f: tensors(f, lambda t: t.update(extra=np.ones(3, np.float32))), "tensor extra has no place"),

@@ -213,7 +213,8 @@ def scratch(request, tmp_path_factory):
     c = config.experiment()
     c.stages.tokenizer = config.tokenizer("bpe", vocab_size=300)
     c.stages.pretrain = config.stage(
-        steps=12, batch_size=8, samples=0, model=config.model(layers=2, width=32, heads=4, mlp=48, **SCRATCH[request.param]),
+        steps=12, batch_size=8, samples=0,
+        model=config.model(layers=2, width=32, heads=4, mlp=48, **SCRATCH[request.param]),
         data=config.data("text", path=str(here / "text.txt"), document="paragraph", row_length=32),
         optim=config.optim("adamw", lr=0.02),
     )  # fmt: skip
