@@ -172,7 +172,10 @@ def stored_model(stored: dict[str, Any]) -> schema.Model:
     """The schema.Model in a stage's config.json."""
     fields = dict(stored["model"])
     scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
-    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling)})
+    adapters = dict(fields.get("lora") or {})
+    if adapters:
+        adapters["matrices"] = tuple(adapters["matrices"])
+    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling), "lora": schema.Lora(**adapters)})
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:

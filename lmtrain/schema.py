@@ -43,6 +43,20 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside a model's matrices; then these alone are trained (see Stage.train)."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # what an adapter adds is multiplied by alpha / rank
+    matrices: tuple[str, ...] = (
+        "attn/*",
+        "mlp/*",
+    )  # patterns: attn/q k v o, mlp/gate up down, mlp/shared/*, head/kernel
+    rslora: bool = False  # by alpha / sqrt(rank) instead
+    dora: bool = False  # lengths of columns are learned apart from their directions
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A decoder. The defaults are a small, fast-learning one; models/presets.py names the well-known shapes."""
 
@@ -86,6 +100,7 @@ class Model:
     router_norm: bool = True  # the chosen experts' weights sum to 1
     router_balance: float = 0.01  # weight of the load-balancing loss
     router_z: float = 0.001  # weight of the router's z-loss
+    lora: Lora = Lora()
     scalar_head: bool = False  # one number for each position beside the logits: rewards, values
     zero_init: bool = True  # matrices that write to the residual stream, and an untied output, start at zero
     init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding, else 0.02

@@ -22,7 +22,8 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import constrain, spec
-from lmtrain.models.layers import Norm, product, rope
+from lmtrain.models import lora
+from lmtrain.models.layers import Norm, project, rope
 from lmtrain.models.params import normal, param, zeros
 from lmtrain.types import nearest
 
@@ -305,6 +306,11 @@ class Attention(nnx.Module):
         self.k_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
         self.v_bias = param(rngs, (K * H,), ("kv_heads",), zeros) if cfg.qkv_bias else None
         self.o_bias = param(rngs, (D,), ("norm",), zeros) if cfg.out_bias else None
+        embed, heads, kv = {"embed": D}, {"heads": N, "head_dim": H}, {"kv_heads": K, "head_dim": H}
+        self.q_lora = lora.adapter(cfg, "attn/q", rngs, embed, heads)
+        self.k_lora = lora.adapter(cfg, "attn/k", rngs, embed, kv)
+        self.v_lora = lora.adapter(cfg, "attn/v", rngs, embed, kv)
+        self.o_lora = lora.adapter(cfg, "attn/o", rngs, heads, embed)
         every = cfg.qk_norm_over == "all"
         self.q_norm = Norm(cfg, N * H if every else H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
         self.k_norm = Norm(cfg, K * H if every else H, cfg.qk_norm_scale, rngs) if cfg.qk_norm else None
@@ -319,9 +325,9 @@ class Attention(nnx.Module):
           index_BT: the position of each query; read by `recall` alone.
         """
         cfg = self.cfg
-        q = _heads(x_BTD, self.q, self.q_bias, mesh)
-        k = _heads(x_BTD, self.k, self.k_bias, mesh)
-        v_BTKH = _heads(x_BTD, self.v, self.v_bias, mesh)
+        q = self._heads(x_BTD, self.q, self.q_bias, self.q_lora, mesh)
+        k = self._heads(x_BTD, self.k, self.k_bias, self.k_lora, mesh)
+        v_BTKH = self._heads(x_BTD, self.v, self.v_bias, self.v_lora, mesh)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q, cfg.qk_norm_over), _normed(self.k_norm, k, cfg.qk_norm_over)
         if tables is not None:
@@ -337,16 +343,14 @@ class Attention(nnx.Module):
             kept = None if cache is None else {"k": k_BTKH.transpose(0, 2, 1, 3), "v": v_BTKH.transpose(0, 2, 1, 3)}
         out_BTNH = constrain(out_BTNH, ("batch", "length", "act_heads", "head_dim"), mesh)
         o_ED = self.o[...].astype(x_BTD.dtype).reshape(-1, cfg.width)  # E: all heads, end to end
-        y_BTD = product(out_BTNH.reshape(*x_BTD.shape[:2], -1), o_ED, mesh)
-        return (y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(x_BTD.dtype)), kept
+        y_BTD = project(cfg.lora, out_BTNH.reshape(*x_BTD.shape[:2], -1), o_ED, self.o_bias, self.o_lora, mesh)
+        return y_BTD, kept
 
-
-def _heads(x_BTD, weight, bias, mesh) -> jax.Array:
-    """x @ weight as [B, T, heads, H]; weight is [D, heads, H], bias [heads * H] or None."""
-    w_DNH = weight[...].astype(x_BTD.dtype)
-    y = product(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1), mesh)
-    y = y if bias is None else y + bias[...].astype(x_BTD.dtype)
-    return y.reshape(*y.shape[:2], *w_DNH.shape[1:])
+    def _heads(self, x_BTD, weight, bias, own, mesh) -> jax.Array:
+        """x @ weight as [B, T, heads, H]; weight is [D, heads, H], bias [heads * H] or None."""
+        w_DNH = weight[...].astype(x_BTD.dtype)
+        y = project(self.cfg.lora, x_BTD, w_DNH.reshape(w_DNH.shape[0], -1), bias, own, mesh)
+        return y.reshape(*y.shape[:2], *w_DNH.shape[1:])
 
 
 def _normed(norm: Norm, x_BTNH: jax.Array, over: str) -> jax.Array:

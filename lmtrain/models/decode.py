@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from lmtrain import schema
 from lmtrain.mesh import batch_shards, constrain, replicated
+from lmtrain.models import lora
 from lmtrain.models.attention import platform
 from lmtrain.models.draw import draw
 from lmtrain.models.shapes import groups
@@ -58,6 +59,7 @@ def prepare(cfg: schema.Model, params: Params, mesh: jax.sharding.Mesh | None = 
     On a CPU the embedding of a tied model also becomes an output matrix: a product with the table as it lies takes a
     third longer.
     """
+    cfg, params = lora.merge(cfg, params)
     dtype = Forward(cfg, mesh).dtype
     # A prompt's length is a power of two, which a backend of the training's rows may refuse.
     attention = "reference" if cfg.attention == "reference" else "auto"

@@ -18,6 +18,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import batch_shards, constrain
+from lmtrain.models import lora
 from lmtrain.models import params as p
 from lmtrain.models.attention import platform
 from lmtrain.models.layers import Norm, product
@@ -50,6 +51,8 @@ class Head(nnx.Module):
     def __init__(self, cfg: schema.Model, rngs: nnx.Rngs):
         init = p.zeros if cfg.zero_init else p.normal(cfg.width**-0.5)
         self.kernel = p.param(rngs, (cfg.width, cfg.vocab_size), ("embed", "vocab"), init)
+        ends = {"embed": cfg.width}, {"vocab": cfg.vocab_size}
+        self.kernel_lora = lora.adapter(cfg, "head/kernel", rngs, *ends)
 
 
 class Scalar(nnx.Module):
@@ -86,7 +89,10 @@ class Ends(nnx.Module):
 
     def logits(self, hidden_BTD, mesh):
         w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        y = product(hidden_BTD, w_DV.astype(hidden_BTD.dtype), mesh, widen=True)
+        w_DV = w_DV.astype(hidden_BTD.dtype)
+        y = product(hidden_BTD, w_DV, mesh, widen=True)
+        if self.head is not None and self.head.kernel_lora is not None:
+            y = lora.apply(self.cfg.lora, y, hidden_BTD, w_DV, self.head.kernel_lora)
         if cap := self.cfg.logit_softcap:
             y = cap * jnp.tanh(y / cap)
         return constrain(y, ("batch", "length", "act_vocab"), mesh)

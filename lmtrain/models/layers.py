@@ -14,6 +14,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import constrain
+from lmtrain.models import lora
 from lmtrain.models.params import normal, ones, param, zeros
 
 GATED = {"swiglu": jax.nn.silu, "geglu": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -139,7 +140,7 @@ def activate(cfg: schema.Model, gate: jax.Array | None, up: jax.Array) -> jax.Ar
 class MLP(nnx.Module):
     """up, (gate,) activation, down (Shazeer 2020)."""
 
-    def __init__(self, cfg: schema.Model, hidden: int, rngs: nnx.Rngs):
+    def __init__(self, cfg: schema.Model, hidden: int, rngs: nnx.Rngs, name: str = "mlp"):
         D, F = cfg.width, hidden
         self.cfg = cfg
         self.gate = param(rngs, (D, F), ("embed", "mlp"), normal(D**-0.5)) if cfg.activation in GATED else None
@@ -149,17 +150,28 @@ class MLP(nnx.Module):
         self.gate_bias = param(rngs, (F,), ("mlp",), zeros) if bias and self.gate is not None else None
         self.up_bias = param(rngs, (F,), ("mlp",), zeros) if bias else None
         self.down_bias = param(rngs, (D,), ("norm",), zeros) if bias else None
+        embed, wide = {"embed": D}, {"mlp": F}
+        self.gate_lora = None if self.gate is None else lora.adapter(cfg, f"{name}/gate", rngs, embed, wide)
+        self.up_lora = lora.adapter(cfg, f"{name}/up", rngs, embed, wide)
+        self.down_lora = lora.adapter(cfg, f"{name}/down", rngs, wide, embed)
 
     def __call__(self, x_BTD: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
-        gate_BTF = None if self.gate is None else linear(x_BTD, self.gate, self.gate_bias, mesh)
-        hidden_BTF = activate(self.cfg, gate_BTF, linear(x_BTD, self.up, self.up_bias, mesh))
+        def linear(x, weight, bias, own):
+            return project(self.cfg.lora, x, weight[...].astype(x.dtype), bias, own, mesh)
+
+        gate_BTF = None if self.gate is None else linear(x_BTD, self.gate, self.gate_bias, self.gate_lora)
+        hidden_BTF = activate(self.cfg, gate_BTF, linear(x_BTD, self.up, self.up_bias, self.up_lora))
         hidden_BTF = constrain(hidden_BTF, ("batch", "length", "act_mlp"), mesh)
-        return linear(hidden_BTF, self.down, self.down_bias, mesh)
+        return linear(hidden_BTF, self.down, self.down_bias, self.down_lora)
 
 
-def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    """x @ weight + bias, computed in x's dtype."""
-    y = product(x, weight[...].astype(x.dtype), mesh)
+def project(
+    cfg: schema.Lora, x: jax.Array, w_DF: jax.Array, bias: nnx.Param | None, own: lora.Adapter | None,
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:  # fmt: skip
+    """x @ w, what its adapter adds, and bias, computed in x's dtype."""
+    y = product(x, w_DF, mesh)
+    y = y if own is None else lora.apply(cfg, y, x, w_DF, own)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

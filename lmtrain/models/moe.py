@@ -16,6 +16,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import batch_shards, spec
+from lmtrain.models import lora
 from lmtrain.models.layers import GATED, MLP, activate
 from lmtrain.models.params import normal, param, zeros
 
@@ -32,16 +33,27 @@ class MoE(nnx.Module):
         self.up = param(rngs, (E, D, F), axes, normal(D**-0.5))
         down = zeros if cfg.zero_init else normal(F**-0.5)
         self.down = param(rngs, (E, F, D), ("experts", "mlp", "embed"), down)
-        self.shared = MLP(cfg, cfg.shared_experts * F, rngs) if cfg.shared_experts else None
+        self.shared = MLP(cfg, cfg.shared_experts * F, rngs, "mlp/shared") if cfg.shared_experts else None
+        each, embed, wide = {"experts": E}, {"embed": D}, {"mlp": F}
+        self.gate_lora = None if self.gate is None else lora.adapter(cfg, "mlp/gate", rngs, embed, wide, each)
+        self.up_lora = lora.adapter(cfg, "mlp/up", rngs, embed, wide, each)
+        self.down_lora = lora.adapter(cfg, "mlp/down", rngs, wide, embed, each)
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, mesh: jax.sharding.Mesh | None):
         """Returns (output [B, T, D], router losses summed over real tokens, float32)."""
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router[...], precision="highest")
         weight_BTk, expert_BTk = route(self.cfg, logits_BTE)
         aux = router_losses(self.cfg, logits_BTE, expert_BTk, real_BT)
-        w = tuple(None if p is None else p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
+        pairs = ((self.gate, self.gate_lora), (self.up, self.up_lora), (self.down, self.down_lora))
+        w = tuple(None if p is None else self._matrix(p, own).astype(x_BTD.dtype) for p, own in pairs)
         y_BTD = experts(self.cfg, x_BTD, weight_BTk, expert_BTk, w, mesh)
         return (y_BTD if self.shared is None else y_BTD + self.shared(x_BTD, mesh)), aux
+
+    def _matrix(self, weight, own):
+        if own is None:
+            return weight[...]
+        gain = None if own.gain is None else own.gain[...]
+        return lora.merged(self.cfg.lora, weight[...], own.a[...], own.b[...], gain, 1)
 
 
 def route(cfg: schema.Model, logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 
 from lmtrain import schema
 from lmtrain.mesh import divisors
+from lmtrain.models import lora
 from lmtrain.models.attention import BACKENDS
 from lmtrain.models.layers import GATED, PLAIN
 from lmtrain.types import nearest
@@ -102,6 +104,7 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
         raise schema.ConfigError(
             f"model.shared_experts is {m.shared_experts}, but model.experts is 0: there is no mixture."
         )
+    _check_lora(m)
     if m.experts and m.mlp_bias:
         raise schema.ConfigError("model.mlp_bias is True, but experts (model.experts) have no biases; it takes False.")
     _check_rope(m)
@@ -144,6 +147,26 @@ def _check_arrays(m: schema.Model) -> None:
             said = " * ".join(f"model.{field}={size}" for field, size in zip(fields, sizes, strict=True))
             count = f"{math.prod(sizes):.1e} numbers in one array"
             raise schema.ConfigError(f"{said} is {count}; it takes at most {LARGEST_ARRAY:.1e}.")
+
+
+def _check_lora(m: schema.Model) -> None:
+    if not 0 <= m.lora.rank <= LARGEST_SIZE or not math.isfinite(m.lora.alpha) or m.lora.alpha <= 0:
+        raise schema.ConfigError(
+            f"model.lora.rank is {m.lora.rank} and alpha {m.lora.alpha}; they take at least 0, and a number above 0."
+        )
+    if not m.lora.rank:
+        return
+    there = [n for n in lora.MATRICES if not (
+        n.endswith("/gate") and m.activation not in GATED or "shared" in n and not m.shared_experts
+        or n.startswith("head") and m.tied)]  # fmt: skip
+    for pattern in m.lora.matrices:
+        if not fnmatch.filter(there, pattern):
+            raise schema.ConfigError(
+                f"model.lora.matrices has {pattern!r}, which is the name of no matrix; it takes patterns of "
+                f"{', '.join(there)}.{nearest(pattern, there)}"
+            )
+    if not m.lora.matrices:
+        raise schema.ConfigError("model.lora.matrices is empty; ('attn/*', 'mlp/*') adapts all of a layer's.")
 
 
 def _check_rope(m: schema.Model) -> None:

@@ -131,7 +131,7 @@ def test_files_in_shards_and_in_16_bits_are_read(case, tmp_path):
     assert folder.dtype == "bfloat16"
     assert {x.dtype.name for x in jax.tree.leaves(folder.params(dtype="stored"))} == {"bfloat16"}
     got = ours(folder.model, folder.params(), tokens_BT)
-    np.testing.assert_allclose(got, theirs(theirs_model.float(), tokens_BT), atol=1e-4)
+    np.testing.assert_allclose(got, theirs(loads(tmp_path / "shards"), tokens_BT), atol=1e-4)
 
 
 def test_gpt_2s_older_files_are_read(tmp_path):
@@ -161,7 +161,8 @@ def test_a_configuration_written_out_in_full_is_understood(name, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- out
 def loads(folder):
-    model, info = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    how = dict(output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
+    model, info = hf.AutoModelForCausalLM.from_pretrained(folder, **how)
     assert not any(info.values()), info
     return model.eval()
 
@@ -178,7 +179,7 @@ def test_what_was_read_is_written_so_that_transformers_loads_the_same(case, tmp_
                  kind=kind, shard_bytes=60_000)  # fmt: skip
     back = loads(tmp_path / "out")
     tokens_BT = np.random.default_rng(0).integers(1, V, (1, T))
-    np.testing.assert_allclose(theirs(back, tokens_BT), theirs(theirs_model, tokens_BT), atol=1e-6)
+    np.testing.assert_allclose(theirs(back, tokens_BT), theirs(theirs_model, tokens_BT), atol=1e-5)
 
 
 TALKS = {
