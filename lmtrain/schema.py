@@ -51,7 +51,7 @@ class Lora:
     matrices: tuple[str, ...] = (
         "attn/*",
         "mlp/*",
-    )  # patterns: attn/q k v o, mlp/gate up down, mlp/shared/*, head/kernel
+    )  # patterns, as 'attn/[qv]', 'head/kernel'
     rslora: bool = False  # by alpha / sqrt(rank) instead
     dora: bool = False  # lengths of columns are learned apart from their directions
 

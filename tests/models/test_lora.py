@@ -91,8 +91,8 @@ def test_dora_keeps_the_lengths_of_columns_where_its_gain_is_one():
     assert np.abs(merged - up["up"]).max() > 0.1
 
 
-@pytest.mark.parametrize("kind, sizes", [("dense", dict(fsdp=2, tensor=2, context=2)), ("mixture", dict(expert=2, fsdp=4)),
-                                         ("dora", dict(tensor=4, data=2))])  # fmt: skip
+@pytest.mark.parametrize("kind, sizes", [("dense", dict(fsdp=2, tensor=2, context=2)), ("dora", dict(tensor=4, data=2)),
+                                         ("mixture", dict(expert=2, fsdp=4))])  # fmt: skip
 def test_adapters_split_over_devices_are_those_of_one(kind, sizes):
     cfg = model(kind, kv_heads=4)
     params = parameters(cfg)
@@ -135,7 +135,7 @@ def test_adapters_that_cannot_be_are_refused(fields, message):
 
 
 def test_the_gradient_of_a_frozen_matrix_is_never_worked_out():
-    """The backward pass for adapters alone has no product that gives a matrix of W's size: its operations count less."""
+    """The backward pass for adapters alone makes no matrix of W's size, so it counts fewer operations."""
     cfg = model("dense", width=128, mlp=512, heads=4, layers=1)
     params = parameters(cfg)
     tokens_BT = np.zeros((2, 64), np.int32)
