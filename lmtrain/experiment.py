@@ -20,7 +20,21 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, compilation, config, feeds, flags, log, origins, preflight, runs, schema, scoring, train
+from lmtrain import (
+    checkpoint,
+    compilation,
+    config,
+    feeds,
+    flags,
+    log,
+    origins,
+    partial,
+    preflight,
+    runs,
+    schema,
+    scoring,
+    train,
+)
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -113,7 +127,7 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
         runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
     mesh_lib.barrier("tokenizer")
-    made = runs.read_json(note)
+    made = origins.read_json(note)
     if made != asked:
         raise LmtrainError(
             f"{folder}: was made with {made}, the configuration asks for {asked}. Start another --workdir."
@@ -159,6 +173,11 @@ def training_stage(
         return runs.load(here)
 
     initial = initial_params(start, model, mesh) if start else None
+    chosen = partial.trained(cfg, model, transformer.axes(model))
+    rest = frozen_part(chosen, start, model, initial)
+    if rest:
+        assert start is not None
+        settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen)}
     cfg = runs.with_template(cfg, folder)
     made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial, start)
     try:
@@ -184,14 +203,16 @@ def training_stage(
         loss=feeds.objective(cfg),
         heldout=feed.heldout,
         heldout_bytes=feed.heldout_bytes,
-        initial=initial,
+        initial=(lambda: partial.split(initial(), chosen)[0]) if initial else None,
+        rest=rest,
         frozen=frozen,
         sample=feed.sample,
         score=feed.score,
         meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
     state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
-    done = runs.Run(folder, name, settings, model, tok, state.params, cfg.steps)
+    params = partial.join(rest, state.params) if rest else state.params
+    done = runs.Run(folder, name, settings, model, tok, params, cfg.steps)
     if jax.process_index() == 0:
         summarise(done, feed)
     return done
@@ -203,11 +224,41 @@ def initial_params(origin: origins.Origin, model: schema.Model, mesh: Mesh) -> C
 
     def load() -> Params:
         theirs, ours = dataclasses.asdict(origin.model), dataclasses.asdict(model)
+        if not origin.model.lora.rank:
+            theirs["lora"] = ours["lora"]  # adapters begin here
         compare_models(theirs, ours, f"init_from {origin.where}", "stages.NAME.model")
         params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), mesh))
         return {k: v for k, v in params.items() if k != "scalar" or model.scalar_head}
 
     return load
+
+
+def frozen_part(
+    chosen: set[tuple[str, ...]],
+    start: origins.Origin | None,
+    model: schema.Model,
+    initial: Callable[[], Params] | None,
+) -> Params:
+    """The parameters that a stage does not train, on the devices; {} where it trains all.
+
+    Raises:
+      ConfigError: what it starts from lacks one of them.
+    """
+    rest = partial.split(transformer.axes(model), chosen)[1]
+    if not rest:
+        return {}
+    assert start is not None and initial is not None  # preflight refuses that
+    found = partial.split(initial(), chosen)[1]
+    missing = {name for _, name, _ in partial.named(rest)} - {name for _, name, _ in partial.named(found)}
+    if missing:
+        raise schema.ConfigError(f"{sorted(missing)[0]} is not trained, but {start.where} has none; train it too.")
+    return found
+
+
+def rest_name(start: origins.Origin, before: str) -> str:
+    """How config.json names what a stage's frozen part comes from: a stage of this run by its name, which stays true
+    when the run is moved."""
+    return before if before and pathlib.Path(start.where).name == before else start.where
 
 
 def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
@@ -264,8 +315,8 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
     """Refuses to go on with another model or tokenizer than the stage's checkpoints have; names other changes."""
     if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
         return
-    stored = runs.read_json(here / "config.json")
-    theirs = dataclasses.asdict(runs.stored_model(stored))
+    stored = origins.read_json(here / "config.json")
+    theirs = dataclasses.asdict(origins.stored_model(stored))
     compare_models(theirs, settings["model"], str(here), f"stages.{name}.model")
     if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
         raise LmtrainError(

@@ -8,17 +8,20 @@ All are opened alike, so that whatever starts from a model, or reads a frozen on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, runs, schema
+from lmtrain import checkpoint, partial, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.interop import huggingface
 from lmtrain.models import transformer
-from lmtrain.types import Frozen, Params
+from lmtrain.types import Frozen, LmtrainError, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +57,102 @@ def find(name: str, here: pathlib.Path | None = None) -> Origin:
       LmtrainError: there is nothing of that name, or it is damaged.
     """
     if name.startswith(huggingface.PREFIX):
-        folder = huggingface.open_folder(name)
-        return Origin(
-            name,
-            folder.model,
-            folder.path,
-            folder.tokenizer().fingerprint,
-            lambda shardings: folder.params(shardings),
-            lambda: folder.identity,
-        )
-    stage = runs.locate(name, here) if here is not None else runs.find_stage(pathlib.Path(name))
-    saved, stored = stage / "checkpoints", runs.read_json(stage / "config.json")
+        return _folder(name)
+    return _stage(locate(name, here) if here is not None else find_stage(pathlib.Path(name)))
+
+
+def _folder(name: str) -> Origin:
+    folder = huggingface.open_folder(name)
     return Origin(
-        str(stage),
-        runs.stored_model(stored),
-        stage.parent / "tokenizer",
-        stored["tokenizer_sha256"],
-        lambda shardings: checkpoint.load_params(saved, shardings=shardings),
-        lambda: checkpoint.identity(saved),
+        f"{huggingface.PREFIX}{folder.path.absolute()}",
+        folder.model,
+        folder.path,
+        folder.tokenizer().fingerprint,
+        lambda shardings: folder.params(shardings),
+        lambda: folder.identity,
     )
+
+
+def _stage(stage: pathlib.Path) -> Origin:
+    saved, stored = stage / "checkpoints", read_json(stage / "config.json")
+    model, rest = stored_model(stored), stored.get("rest")
+
+    def load(shardings: Any) -> Params:
+        if not rest:
+            return checkpoint.load_params(saved, shardings=shardings)
+        base = find(rest["from"], stage.parent)
+        if base.identify() != rest["identity"]:
+            raise LmtrainError(
+                f"{stage}: holds only what it trained; the rest is that of {base.where}, which has changed since."
+            )
+        axes = transformer.axes(model)
+        chosen = {tuple(path) for path in rest["trained"]}
+        ours = None if shardings is None else partial.split(shardings, chosen)[0]
+        theirs = None
+        if shardings is not None:
+            mesh = jax.tree.leaves(shardings)[0].mesh
+            theirs = mesh_lib.shardings(transformer.axes(base.model), mesh)
+        frozen = partial.split(base.load(theirs), chosen)[1]
+        return partial.ordered(partial.join(frozen, checkpoint.load_params(saved, shardings=ours)), axes)
+
+    def identify() -> str:
+        own = checkpoint.identity(saved)
+        return hashlib.sha256(f"{own} {rest['identity']}".encode()).hexdigest() if rest else own
+
+    return Origin(str(stage), model, stage.parent / "tokenizer", stored["tokenizer_sha256"], load, identify)
+
+
+# -------------------------------------------------------------------------------------------------------- runs' folders
+def locate(name: str, here: pathlib.Path) -> pathlib.Path:
+    """The stage folder that a setting names: a stage of the run `here`, else another run or one of its stages."""
+    return here / name if name and (here / name / "config.json").exists() else find_stage(pathlib.Path(name))
+
+
+def find_stage(path: pathlib.Path) -> pathlib.Path:
+    """The stage folder that `path` names: itself, or the run's last stage that has a checkpoint."""
+    if not path.exists():
+        raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
+    if (path / "checkpoints").is_dir():
+        return path
+    found = stages(path)
+    saved = [p for p in found if checkpoint.steps(p / "checkpoints")]
+    if found and not saved:
+        raise LmtrainError(f"{path}: no checkpoint yet. `lmtrain run` makes one.")
+    if not found:
+        raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
+    return saved[-1]
+
+
+def stages(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The training stages of a run that have begun, in the experiment's order."""
+    found = [p.parent for p in folder.glob("*/checkpoints")]
+    return sorted(found, key=lambda p: len(read_json(p / "config.json").get("stages_before", ())))
+
+
+def nearest_run(path: pathlib.Path) -> str:
+    """A sentence that names runs beside `path`, for messages."""
+    found = sorted(
+        {str(p.parent.parent) for p in [*path.parent.glob("*/*/checkpoints"), *path.glob("*/*/checkpoints")]}
+    )
+    return f"Runs here: {', '.join(found[:5])}" if found else ""
+
+
+def stored_model(stored: dict[str, Any]) -> schema.Model:
+    """The schema.Model in a stage's config.json."""
+    fields = dict(stored["model"])
+    scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
+    adapters = dict(fields.get("lora") or {})
+    if adapters:
+        adapters["matrices"] = tuple(adapters["matrices"])
+    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling), "lora": schema.Lora(**adapters)})
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object that a run wrote. Raises LmtrainError where it is missing or broken."""
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return value
+    except FileNotFoundError:
+        raise LmtrainError(f"{file}: missing. `lmtrain run` with the same --config and --workdir writes it.") from None
+    except (ValueError, OSError) as error:
+        raise LmtrainError(f"{file}: cannot be read ({error}). Delete it; `lmtrain run` writes it anew.") from None

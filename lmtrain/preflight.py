@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, feeds, optim, origins, schema, scoring
+from lmtrain import checkpoint, feeds, optim, origins, partial, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
 from lmtrain.models import transformer
@@ -52,7 +52,13 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                 axes = transformer.axes(origin)
                 if stage.model.vocab_size:
                     mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
-                optim.make(stage.optim, stage.steps, axes)
+                chosen = partial.trained(stage, origin, axes)
+                if partial.split(axes, chosen)[1] and not (stage.init_from or models):
+                    raise schema.ConfigError(
+                        "a part of the model is not trained (model.lora, train, freeze), and there is no trained model "
+                        "that it comes from: set init_from, or put a stage before it."
+                    )
+                optim.make(stage.optim, stage.steps, partial.split(axes, chosen)[0])
                 check_batch(stage, mesh)
                 if origin.max_positions and stage.data.row_length > origin.max_positions:
                     raise schema.ConfigError(

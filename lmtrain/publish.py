@@ -6,11 +6,11 @@ import json
 import pathlib
 from typing import Any
 
-from lmtrain import log, runs
+from lmtrain import log, origins, runs
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import export as export_lib
-from lmtrain.models import transformer
+from lmtrain.models import lora, transformer
 from lmtrain.types import LmtrainError
 
 #: lmtrain's own chat template (data/chat.py, Own) in Jinja; BEGIN stands for the token that a document begins with.
@@ -57,9 +57,10 @@ def export(folder: str, to: str, dtype: str = "float32", kind: str = "", shard_b
     run, out = runs.load(folder), pathlib.Path(to)
     if run.model.scalar_head:
         log.say(f"{run.folder / run.stage}: the scalar head (rewards, values) stays behind: a language model has none.")
+    model, params = lora.merge(run.model, run.params)
     with log.Progress(100, name=f"export {out.name}, %") as progress:
         family = export_lib.write(
-            out, run.model, run.params, run.tokenizer, settings=token_settings(run), texts=texts(run), kind=kind,
+            out, model, params, run.tokenizer, settings=token_settings(run), texts=texts(run), kind=kind,
             dtype=dtype, shard_bytes=shard_bytes, show=lambda done, whole: progress.show(100 * done // whole, {}),
         )  # fmt: skip
     (out / "README.md").write_text(card(run, family, dtype), encoding="utf-8")
@@ -143,8 +144,8 @@ def _stages(run: runs.Run) -> list[tuple[str, dict[str, Any]]]:
     if not run.stage:
         return []
     out = []
-    for path in runs.stages(run.folder):
-        stored = runs.read_json(path / "config.json")
+    for path in origins.stages(run.folder):
+        stored = origins.read_json(path / "config.json")
         out.append((path.name, stored["stages"][path.name]))
         if path.name == run.stage:
             break
@@ -193,7 +194,7 @@ def _scores(run: runs.Run) -> list[str]:
 def _bias(run: runs.Run) -> list[str]:
     """The audit that `lmtrain eval --suite bias` left in the run; a sentence where there is none."""
     file = run.folder / run.stage / "eval.json"
-    audit = runs.read_json(file).get("bias") if run.stage and file.exists() else None
+    audit = origins.read_json(file).get("bias") if run.stage and file.exists() else None
     if not audit:
         return ["## Bias", "", "Not audited. `lmtrain eval RUN --suite bias` does it.", ""]
     return ["## Bias", "", "```json", json.dumps(audit, indent=1), "```", ""]

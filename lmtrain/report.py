@@ -9,24 +9,24 @@ import os
 import pathlib
 from typing import Any
 
-from lmtrain import checkpoint, log, runs
+from lmtrain import checkpoint, log, origins, runs
 from lmtrain.models import transformer
 from lmtrain.types import LmtrainError
 
 
 def inspect(folder: str | os.PathLike[str]) -> str:
     """Stages, steps, parameter count, sha256 over the parameters, and the configuration of the last stage, as text."""
-    last = runs.find_stage(pathlib.Path(folder))
+    last = origins.find_stage(pathlib.Path(folder))
     lines = []
-    for here in runs.stages(last.parent):
+    for here in origins.stages(last.parent):
         steps = checkpoint.steps(here / "checkpoints")
         if not steps:
             lines.append(f"{here}: no checkpoint yet")
             continue
-        stored = runs.read_json(here / "config.json")
+        stored = origins.read_json(here / "config.json")
         newest = checkpoint.newest_sound(here / "checkpoints")
         params = checkpoint.load_params(here / "checkpoints", newest)
-        counted = transformer.count(runs.stored_model(stored))
+        counted = transformer.count(origins.stored_model(stored))
         scored = [m for m in log.read_metrics(here) if "heldout_loss" in m]
         lines += [
             f"{here}",
@@ -41,9 +41,9 @@ def inspect(folder: str | os.PathLike[str]) -> str:
             lines.append(
                 f"    held out    {m['heldout_loss']:.4f} nats a token, {bits:.4f} bits per byte, at step {m['step']}"
             )
-    stored = runs.read_json(last / "config.json")
+    stored = origins.read_json(last / "config.json")
     lines += [f"configuration of {last.name}:", json.dumps(stored["stages"][last.name], indent=1)]
-    lines.append(f"lmtrain inspect: {len(runs.stages(last.parent))} stage(s) in {last.parent}")
+    lines.append(f"lmtrain inspect: {len(origins.stages(last.parent))} stage(s) in {last.parent}")
     return "\n".join(lines)
 
 
@@ -56,7 +56,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     matplotlib.use("svg", force=False)
     root = pathlib.Path(folder)
     parts = [f"<h1>{html.escape(root.name)}</h1>"]
-    for here in runs.stages(root):
+    for here in origins.stages(root):
         entry = runs.read_summary(root).get(here.name, {})
         parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry), _samples(here)]
         settings = html.escape((here / "config.json").read_text())

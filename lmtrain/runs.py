@@ -22,10 +22,11 @@ from typing import Any
 
 import jax
 
-from lmtrain import checkpoint, engine, log, schema
+from lmtrain import checkpoint, engine, log, origins, schema
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
+from lmtrain.origins import find_stage, read_json, stored_model
 from lmtrain.types import LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
@@ -108,8 +109,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
         found = huggingface.open_folder(str(folder))
         config = {"model": dataclasses.asdict(found.model), "stages": {}}
         return Run(found.path, "", config, found.model, found.tokenizer(), found.params(dtype="stored"), 0)
-    path = pathlib.Path(folder)
-    stage_folder = find_stage(path)
+    stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")
     return Run(
@@ -118,14 +118,9 @@ def load(folder: str | os.PathLike[str]) -> Run:
         config=stored,
         model=stored_model(stored),
         tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
-        params=checkpoint.load_params(stage_folder / "checkpoints", step),
+        params=origins.find(str(stage_folder)).load(None),
         step=step,
     )
-
-
-def locate(name: str, here: pathlib.Path) -> pathlib.Path:
-    """The stage folder that a setting names: a stage of the run `here`, else another run or one of its stages."""
-    return here / name if name and (here / name / "config.json").exists() else find_stage(pathlib.Path(name))
 
 
 def template(folder: pathlib.Path, asked: str) -> str:
@@ -139,60 +134,10 @@ def with_template(cfg: schema.Stage, folder: pathlib.Path) -> schema.Stage:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, template=template(folder, cfg.data.template)))
 
 
-def find_stage(path: pathlib.Path) -> pathlib.Path:
-    """The stage folder that `path` names: itself, or the run's last stage that has a checkpoint."""
-    if not path.exists():
-        raise LmtrainError(f"{path}: no such folder. {nearest_run(path)}")
-    if (path / "checkpoints").is_dir():
-        return path
-    found = stages(path)
-    saved = [p for p in found if checkpoint.steps(p / "checkpoints")]
-    if found and not saved:
-        raise LmtrainError(f"{path}: no checkpoint yet. `lmtrain run` makes one.")
-    if not found:
-        raise LmtrainError(f"{path}: not a run's folder: none of its folders holds checkpoints/. {nearest_run(path)}")
-    return saved[-1]
-
-
-def stages(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The training stages of a run that have begun, in the experiment's order."""
-    found = [p.parent for p in folder.glob("*/checkpoints")]
-    return sorted(found, key=lambda p: len(read_json(p / "config.json").get("stages_before", ())))
-
-
-def nearest_run(path: pathlib.Path) -> str:
-    """A sentence that names runs beside `path`, for messages."""
-    found = sorted(
-        {str(p.parent.parent) for p in [*path.parent.glob("*/*/checkpoints"), *path.glob("*/*/checkpoints")]}
-    )
-    return f"Runs here: {', '.join(found[:5])}" if found else ""
-
-
-def stored_model(stored: dict[str, Any]) -> schema.Model:
-    """The schema.Model in a stage's config.json."""
-    fields = dict(stored["model"])
-    scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["rope_scaling"].items()}
-    adapters = dict(fields.get("lora") or {})
-    if adapters:
-        adapters["matrices"] = tuple(adapters["matrices"])
-    return schema.Model(**{**fields, "rope_scaling": schema.RopeScaling(**scaling), "lora": schema.Lora(**adapters)})
-
-
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     """summary.json of a run, or {}."""
     file = folder / "summary.json"
     return read_json(file) if file.exists() else {}
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object that a run wrote. Raises LmtrainError where it is missing or broken."""
-    try:
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return value
-    except FileNotFoundError:
-        raise LmtrainError(f"{file}: missing. `lmtrain run` with the same --config and --workdir writes it.") from None
-    except (ValueError, OSError) as error:
-        raise LmtrainError(f"{file}: cannot be read ({error}). Delete it; `lmtrain run` writes it anew.") from None
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, log, runs, schema
+from lmtrain import checkpoint, log, origins, runs, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat
 from lmtrain.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from lmtrain.engine import Engine
 from lmtrain.eval import tasks as scores_lib
 from lmtrain.models import transformer
 from lmtrain.rollout import episodes, rewards
-from lmtrain.types import LmtrainError, Params
+from lmtrain.types import LmtrainError
 
 Scores = dict[str, dict[str, Any]]  # task -> what eval.tasks.score found
 
@@ -48,7 +48,7 @@ def run(
     here = folder / name
     made = rewards.get_tasks(cfg.tasks)
     settings = dataclasses.asdict(cfg) | {"seed": e.seed}
-    known = runs.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
+    known = origins.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
     results: dict[str, Scores] = {}
     for stage in stages_of(e, cfg, name):
         step = checkpoint.newest_sound(folder / stage / "checkpoints")
@@ -70,10 +70,10 @@ def _score(
     stage: pathlib.Path, cfg: schema.Evaluation, made: dict[str, Any], tok: Tokenizer, mesh: Mesh, seed: int,
     here: pathlib.Path,
 ) -> Scores:  # fmt: skip
-    stored = runs.read_json(stage / "config.json")
-    model, how = runs.stored_model(stored), stored["stages"][stage.name]
+    stored = origins.read_json(stage / "config.json")
+    model, how = origins.stored_model(stored), stored["stages"][stage.name]
     shardings = mesh_lib.shardings(transformer.axes(model), mesh)
-    params: Params = checkpoint.load_params(stage / "checkpoints", shardings=shardings)
+    params = origins.find(str(stage)).load(shardings)
     engine = Engine(model, mesh, slots=cfg.slots)
     template = chat.Template(tok, runs.template(stage.parent, how["data"]["template"]))
     scores: Scores = {}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lmtrain import mesh as meshes
-from lmtrain import schema
+from lmtrain import partial, schema
 from lmtrain.types import Batch, Params, TrainState
 
 #: loss(forward, params, batch, cfg) -> (loss_sum, weight_sum, {name: (sum, weight)}), scalars.
@@ -50,7 +50,7 @@ def make_init(
     def begin(key, params=None):
         key, draw = jax.random.split(key)
         given = {} if params is None else jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        params = {**init(draw), **given}  # what is missing (a scalar head on a language model) is drawn
+        params = partial.join(init(draw), given)  # what is missing (a scalar head, adapters) is drawn
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
 
     shapes = jax.eval_shape(begin, jax.random.key(0))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, log, optim, schema, step
+from lmtrain import checkpoint, log, optim, partial, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
@@ -49,7 +49,8 @@ class Parts:
     loss: Callable[..., Any]
     heldout: Sequence[Batch] = ()
     heldout_bytes: int = 0
-    initial: Callable[[], Params] | None = None  # parameters to start from; None: fresh ones
+    initial: Callable[[], Params] | None = None  # trained parameters to start from; None: fresh ones
+    rest: Params = dataclasses.field(default_factory=dict)  # parameters that are not trained, on the devices
     frozen: dict[str, Frozen] = dataclasses.field(default_factory=dict)  # models that the objective reads, by name
     sample: Callable[[Params], list[str]] | None = None  # texts for samples.jsonl
     score: Callable[[Params], tuple[dict[str, float], list[str]]] | None = None  # tasks: numbers, and texts to keep
@@ -73,15 +74,22 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     report: Callable[[], dict[str, float]] = getattr(source, "report", dict)
 
     def on_devices(batch: Batch) -> Batch:
-        return {**mesh_lib.put(batch, mesh), **parts.frozen}
+        return {**mesh_lib.put(batch, mesh), **parts.frozen, **({partial.REST: parts.rest} if parts.rest else {})}
+
+    def whole(state: TrainState) -> Params:
+        return partial.join(parts.rest, state.params) if parts.rest else state.params
 
     # ---------------------------------------------------------------- build
     forward = transformer.Forward(parts.model, mesh)
-    axes = transformer.axes(parts.model)
+    chosen = partial.trained(cfg, parts.model, transformer.axes(parts.model))
+    axes = partial.split(transformer.axes(parts.model), chosen)[0]
     tx, schedule = optim.make(cfg.optim, cfg.steps, axes)
-    start, abstract = step.make_init(lambda key: transformer.init(parts.model, key), tx, axes, mesh)
-    update = step.make_update(parts.loss, forward, tx, schedule, abstract, mesh, cfg.loss, cfg.accumulate)
-    evaluate = step.make_evaluate(parts.loss, forward, mesh, cfg.loss)
+    start, abstract = step.make_init(
+        lambda key: partial.split(transformer.init(parts.model, key), chosen)[0], tx, axes, mesh
+    )
+    loss = partial.objective(parts.loss) if parts.rest else parts.loss
+    update = step.make_update(loss, forward, tx, schedule, abstract, mesh, cfg.loss, cfg.accumulate)
+    evaluate = step.make_evaluate(loss, forward, mesh, cfg.loss)
     heldout = [on_devices(b) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
     best = "heldout_loss" if heldout else "-heldout_score"
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best)
@@ -128,22 +136,23 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         speed, mfu = meter.rates()
         return {"step": now, "tokens": tokens, **metrics, "tokens_per_second": speed, "mfu": mfu}
 
-    def evaluation(now: int, params: Params) -> dict[str, float]:
+    def evaluation(now: int, state: TrainState) -> dict[str, float]:
         with meter.paused():
+            params = whole(state)
             scores, texts = parts.score(params) if parts.score is not None else ({}, [])
             texts = [*texts, *(parts.sample(params) if parts.sample is not None else ())]  # every process takes part
             if jax.process_index() == 0:
                 log.append_jsonl(folder / SAMPLES, [{"step": now, "text": text} for text in texts])
-            return scores | (heldout_lib.score(evaluate, params, heldout, parts.heldout_bytes) if heldout else {})
+            return scores | (heldout_lib.score(evaluate, state.params, heldout, parts.heldout_bytes) if heldout else {})
 
     # ---------------------------------------------------------------- step 0: where it starts from
     scores: dict[str, float] = {}
     upcoming: Batch | None = None  # a batch drawn already
     if at == 0:
-        upcoming = source.next(state.params)
+        upcoming = source.next(whole(state))
         sums = [evaluate(state.params, on_devices(b))["loss"] for b in microbatches(upcoming, cfg.accumulate)]
         total, weight = (sum(float(x[i]) for x in sums) for i in (0, 1))
-        scores = evaluation(0, state.params)
+        scores = evaluation(0, state)
         writer.write(0, {**row(0, 0, {"loss": total / weight if weight else 0.0}), **scores})
 
     # ---------------------------------------------------------------- steps
@@ -153,7 +162,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
         meter.restart()
         counted = seen
         while at < cfg.steps:
-            batch = on_devices(source.next(state.params) if upcoming is None else upcoming)
+            batch = on_devices(source.next(whole(state)) if upcoming is None else upcoming)
             upcoming, told = None, report()
             state, metrics = update(state, batch)  # dispatched, not awaited
             at, seen = at + 1, seen + batch["tokens_BT"].size
@@ -202,7 +211,7 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
             # -------------------------------------------------------- evaluate
             scores = {}
             if evaluating:
-                scores = evaluation(at, state.params)
+                scores = evaluation(at, state)
                 writer.write(at, {**row(at, seen, numbers), **scores})
                 progress.show(at, {**row(at, seen, numbers), **scores})
             # -------------------------------------------------------- save

@@ -20,7 +20,8 @@ ROOMS = {
     "models": BASE,
     "optim": BASE,
     "objectives": {"types", "schema"},
-    "step": {"types", "schema", "mesh", "optim"},
+    "partial": {"types", "schema"},
+    "step": {"types", "schema", "mesh", "optim", "partial"},
     "manifest": {"types", "log"},
     "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest"},
     "engine": BASE | {"models"},
@@ -31,7 +32,7 @@ ROOMS = {
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
     "train": BASE
-    | {"data", "models", "objectives", "optim", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
+    | {"data", "models", "objectives", "optim", "partial", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
 }
 ANYTHING = {
     "experiment",

@@ -160,7 +160,7 @@ def _laid(params, some):
 
 
 def test_a_stored_model_with_adapters_is_read_back():
-    from lmtrain import runs
+    from lmtrain import origins
 
     cfg = model("dora")
-    assert runs.stored_model({"model": dataclasses.asdict(cfg)}) == cfg
+    assert origins.stored_model({"model": dataclasses.asdict(cfg)}) == cfg

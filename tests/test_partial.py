@@ -1,0 +1,184 @@
+"""Stages that train a part of a model: the rest does not move, is not saved, and is looked after."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lmtrain import checkpoint, config, experiment, partial, publish, runs, schema, step
+from lmtrain import mesh as meshes
+from lmtrain import optim as optim_lib
+from lmtrain.models import lora, transformer
+from lmtrain.objectives import pretrain
+from lmtrain.types import LmtrainError
+
+
+def stage(**fields):
+    base = dict(steps=4, batch_size=8, samples=0, checkpoint_every=2, eval_every=0, log_every=1,
+                optim=config.optim("adamw", lr=0.01))  # fmt: skip
+    data = dict(document="paragraph", row_length=32, heldout_rows=8) | fields.pop("data", {})
+    return config.stage(**base | fields, data=config.data("text", path=fields.pop("path", PATH["text"]), **data))
+
+
+PATH = {}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run that trained everything: runs of the tests start from it."""
+    here = tmp_path_factory.mktemp("base")
+    PATH["text"] = str(here / "text.txt")
+    (here / "text.txt").write_text("\n\n".join(f"This is line {i}, and {i * 7 % 13} follows." for i in range(200)))
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("bytes")
+    c.stages.pretrain = stage(model=config.model(layers=2, width=32, heads=4, mlp=48, activation="swiglu"))
+    experiment.run(c, here / "run")
+    return here / "run"
+
+
+def run(base, to, **fields):
+    c = config.experiment()
+    c.stages.tune = stage(init_from=fields.pop("init_from", str(base)), **fields)
+    return experiment.run(c, to)
+
+
+def flat(tree):
+    return {path: np.asarray(x) for path, _, x in partial.named(tree)}
+
+
+LORA = dict(model=config.model(lora=schema.Lora(4)))
+
+
+def test_adapters_alone_are_trained_saved_and_read_back(base, tmp_path):
+    done = run(base, tmp_path / "a", **LORA)
+    before, after = flat(runs.load(base).params), flat(done.params)
+    for path, x in before.items():
+        np.testing.assert_array_equal(after[path], x)
+    moved = [path for path in after if path not in before]
+    assert all(any(part.endswith(lora.SUFFIX) for part in path) for path in moved)
+    assert all(np.abs(after[p]).max() > 0 for p in moved)  # B is no longer zero
+    saved = checkpoint.load_params(tmp_path / "a/tune/checkpoints")
+    assert flat(saved).keys() == set(moved)
+    manifest = checkpoint.read_manifest(tmp_path / "a/tune/checkpoints", 4)["arrays"]
+    assert all(lora.SUFFIX in name or name in ("step", "key") or name.endswith("count") for name in manifest)
+    back = flat(runs.load(tmp_path / "a").params)
+    assert back.keys() == after.keys()
+    for path, x in after.items():
+        np.testing.assert_array_equal(back[path], x)
+
+
+def test_a_stage_of_adapters_that_was_stopped_ends_with_the_same_bits(base, tmp_path):
+    whole = run(base, tmp_path / "a", **LORA)
+    with pytest.MonkeyPatch.context() as patch:  # killed between step 2's checkpoint and step 4's
+        saves = checkpoint.Checkpoints.save
+
+        def save(self, at, *rest):
+            if at == 4:
+                raise KeyboardInterrupt
+            saves(self, at, *rest)
+
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path / "b", **LORA)
+    resumed = run(base, tmp_path / "b", **LORA)
+    assert checkpoint.params_sha256(resumed.params) == checkpoint.params_sha256(whole.params)
+
+
+@pytest.mark.parametrize(
+    "fields, moves",
+    [
+        (dict(freeze=("embed/*", "attn/*")), lambda name: not name.startswith(("embed/", "attn/"))),
+        (dict(train=("mlp/*",), freeze=("mlp/gate",)), lambda name: name in ("mlp/up", "mlp/down")),
+        (dict(train=("*norm*",)), lambda name: "norm" in name),
+    ],
+)
+def test_patterns_say_what_moves(base, tmp_path, fields, moves):
+    done = run(base, tmp_path / "a", **fields)
+    before = flat(runs.load(base).params)
+    for path, name, x in partial.named(done.params):
+        assert np.array_equal(x, before[path]) == (not moves(name)), name
+    assert {name for _, name, _ in partial.named(checkpoint.load_params(tmp_path / "a/tune/checkpoints"))} == {
+        name for _, name, _ in partial.named(done.params) if moves(name)
+    }
+
+
+def test_a_stage_goes_on_from_the_adapters_of_the_one_before(base, tmp_path):
+    c = config.experiment()
+    c.stages.one = stage(init_from=str(base), **LORA)
+    c.stages.two = stage(steps=3)
+    done = experiment.run(c, tmp_path / "a")
+    assert done.model.lora.rank == 4
+    first, second = (flat(runs.load(tmp_path / "a" / s).params) for s in ("one", "two"))
+    for path in first:
+        same = np.array_equal(first[path], second[path])
+        assert same == (not any(part.endswith(lora.SUFFIX) for part in path))
+    moved = tmp_path / "b"
+    (tmp_path / "a").rename(moved)  # a run that is moved still finds its stages
+    assert flat(runs.load(moved / "two").params).keys() == second.keys()
+
+
+def test_what_a_stage_rests_on_may_not_change(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "base")
+    run(tmp_path / "base", tmp_path / "a", **LORA)
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("bytes")
+    c.stages.pretrain = stage(steps=6, model=config.model(layers=2, width=32, heads=4, mlp=48, activation="swiglu"))
+    experiment.run(c, tmp_path / "base")
+    with pytest.raises(
+        LmtrainError, match="holds only what it trained; the rest is that of .*, which has changed since"
+    ):
+        runs.load(tmp_path / "a")
+
+
+def test_adapters_on_a_hugging_face_folder_exported_merged(base, tmp_path):
+    publish.export(str(base), str(tmp_path / "hf"))
+    done = run(base, tmp_path / "a", init_from=f"hf:{tmp_path / 'hf'}", **LORA)
+    publish.export(str(tmp_path / "a"), str(tmp_path / "out"))
+    merged_cfg, merged = lora.merge(done.model, done.params)
+    back = runs.load(f"hf:{tmp_path / 'out'}")
+    assert {n for _, n, _ in partial.named(back.params)} == {n for _, n, _ in partial.named(merged)}
+    for path, x in flat(back.params).items():
+        np.testing.assert_allclose(x, flat(merged)[path], atol=1e-6)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(train=("atn/*",)), r"train has 'atn/\*', which is the name of no parameter"),
+        (dict(freeze=("*",)), "leaves nothing to train"),
+        (dict(init_from="", **LORA), "no trained model that it comes from"),
+        (dict(init_from="", freeze=("embed/*",)), "no trained model that it comes from"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path, fields, message):
+    with pytest.raises(LmtrainError, match=message):
+        run(base, tmp_path / "a", **fields)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_update_of_adapters_takes_less_memory_than_one_of_everything():
+    mesh = meshes.make(schema.Mesh(data=1), devices=jax.devices()[:1])
+    need = {}
+    for rank in (0, 8):
+        cfg = transformer.resolve(schema.Model(layers=6, width=256, heads=4, mlp=1024, lora=schema.Lora(rank)), 512)
+        axes = transformer.axes(cfg)
+        chosen = partial.trained(schema.Stage(), cfg, axes)
+        ours, rest = partial.split(axes, chosen)
+        tx, schedule = optim_lib.make(schema.Optim(name="adamw"), 10, ours)
+        start, abstract = step.make_init(
+            lambda key, cfg=cfg, chosen=chosen: partial.split(transformer.init(cfg, key), chosen)[0], tx, ours, mesh
+        )
+        loss = partial.objective(pretrain.pretrain) if rest else pretrain.pretrain
+        update = step.make_update(loss, transformer.Forward(cfg, mesh), tx, schedule, abstract, mesh,
+                                  pretrain.Pretrain(), 1)  # fmt: skip
+        batch = {name: np.zeros((2, 64), kind) for name, kind in (
+            ("tokens_BT", np.int32), ("targets_BT", np.int32), ("weights_BT", np.float32))}  # fmt: skip
+        if rest:
+            batch[partial.REST] = partial.split(transformer.shapes(cfg), chosen)[1]
+        found = update.lower(abstract, batch).compile().memory_analysis()
+        need[rank] = found.argument_size_in_bytes + found.temp_size_in_bytes
+    assert need[8] < 0.6 * need[0]
