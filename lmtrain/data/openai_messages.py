@@ -81,7 +81,7 @@ def _turn(item: Any, at: str, tools: Tools) -> _Turn:
     role = item.get("role")
     if role is None:
         raise Unusable(
-            "missing field", f"{at} has no role{nearest('role', item)} (it has {', '.join(item) or 'nothing'})"
+            "missing field", f"{at} has no role: it has {', '.join(item) or 'nothing'}.{nearest('role', item)}"
         )
     if not isinstance(role, str) or role not in _FIELDS:
         hint = nearest(role, _FIELDS) if isinstance(role, str) else ""
@@ -124,7 +124,7 @@ def _assistant(fields: dict[str, Any], at: str, tools: Tools) -> _Turn:
         made = call(fields["function_call"], f"{at}.function_call", tools.functions, "functions")
         message["tool_calls"], keys = [made], [f"function {made['name']}"]
     elif "content" not in fields and "refusal" not in fields:
-        raise Unusable("missing field", f"{at} has no content{nearest('content', fields)}, and calls no tool")
+        raise Unusable("missing field", f"{at} has no content and calls no tool")
     elif not content.strip():
         raise Unusable("empty content", f"{at} (assistant) says nothing")
     if "weight" in fields:

@@ -59,12 +59,12 @@ def members(value: Any, at: str, needed: Sequence[str], optional: Sequence[str] 
     for name in value:
         if name not in takes:
             what = f"{at}.{short(name, 60)}" if at else short(name, 60)
-            raise Unusable("unknown field", f"{what}.{nearest(name, takes)} (it takes {', '.join(takes)})")
+            raise Unusable("unknown field", f"{what}; there are {', '.join(takes)}.{nearest(name, takes)}")
     found = {name: field for name, field in value.items() if field is not None}
     for name in needed:
         if name not in found:
-            has = ", ".join(value) or "nothing"
-            raise Unusable("missing field", f"{at or 'the line'} has no {name} (it has {short(has)})")
+            got = "it is null" if name in value else f"it has {short(', '.join(value)) or 'nothing'}"
+            raise Unusable("missing field", f"{at or 'the line'} has no {name}: {got}")
     return found
 
 
@@ -233,7 +233,7 @@ def call(given: Any, at: str, names: Iterable[str], where: str) -> dict[str, str
     try:
         value = strict.parse(arguments)
     except Unusable as error:
-        raise Unusable("unusable arguments", f"{at}.arguments is {error.reason}: {error.detail}") from None
+        raise Unusable("unusable arguments", f"{at}.arguments: {error.reason}: {error.detail}") from None
     if not isinstance(value, dict):
         raise Unusable(
             "unusable arguments", f"{at}.arguments is the JSON of {json_type(value)}, takes that of an object"

@@ -43,7 +43,7 @@ def _line(line: bytes) -> Any:
     if line.startswith(codecs.BOM_UTF8):
         raise Unusable("byte order mark", "the line begins with one; save the file as UTF-8 without it")
     try:
-        text = line.decode()
+        text = line.rstrip(b"\r\n").decode()
     except UnicodeDecodeError as error:
         raise Unusable("not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from None
     return parse(text)
@@ -59,8 +59,8 @@ def parse(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
     except json.JSONDecodeError as error:
         raise Unusable("not JSON", f"{error.msg} at character {error.pos + 1}{_hint(text)}") from None
-    except ValueError as error:  # a whole number of thousands of digits
-        raise Unusable("not JSON", short(str(error))) from None
+    except ValueError:
+        raise Unusable("no number of JSON's", "a whole number of thousands of digits") from None
     except RecursionError:
         raise Unusable("JSON nested too deeply to be read", "leave this row out") from None
     if "\\u" in text:  # half a character can only be written so

@@ -40,6 +40,8 @@ class Formula:
         if "**" in text:
             raise LmtrainError(f"** is not read; power is written ^. It takes {_TAKES}")
         try:
+            if "#" in text:  # what follows would be a comment
+                raise ValueError
             # ^ binds like ** in a formula; as Python's own ^ it would bind loosest of all
             self._body = ast.parse(" ".join(text.split()).replace("^", "**"), mode="eval").body
             self._check(self._body)

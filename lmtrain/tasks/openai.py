@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,7 +11,7 @@ from lmtrain.data import openai_rows, strict
 from lmtrain.data.messages import Unusable
 from lmtrain.data.samples import Report
 from lmtrain.schema import Data
-from lmtrain.tasks import graders, listed
+from lmtrain.tasks import generated, graders, listed
 from lmtrain.tasks.generated import Message, Row, number
 from lmtrain.types import LmtrainError, nearest
 
@@ -21,7 +22,7 @@ class OpenAI(listed.Listed):
     """A reply's score is its grade, cut to 0 to 1. A prompt may have several turns, and tools.
 
     Args:
-      path: the file. Where heldout_path is not set, an eighth of its prompts is held out.
+      path: the file. Where heldout_path is not set, an eighth of its prompts is held out, of two or more at least one.
       heldout_path: a second file, held out whole.
       grader: a file with the grader, as JSON; see graders.py.
       malformed: lines that cannot be used: skip (named and counted) | refuse.
@@ -61,9 +62,16 @@ class OpenAI(listed.Listed):
 
     def load(self) -> Iterable[tuple[Row, bool | None]]:
         report = Report(self.malformed)
-        for file, held in ((self.path, False if self.heldout_path else None), (self.heldout_path, True)):
-            if file:
-                yield from ((row, held) for row in self._usable(file, report))
+        rows = list(self._usable(self.path, report))
+        if self.heldout_path:
+            yield from ((row, False) for row in rows)
+            yield from ((row, True) for row in self._usable(self.heldout_path, report))
+        else:
+            problems = {self.problem(row) for row in rows}
+            held = {problem for problem in problems if generated.held_out(problem)}
+            if len(problems) > 1 and len(held) in (0, len(problems)):  # of a few prompts, chance may leave a side empty
+                held ^= {min(problems, key=lambda problem: hashlib.sha256(problem.encode()).digest())}
+            yield from ((row, self.problem(row) in held) for row in rows)
         if report.reasons:
             log.say(f"task {self.name}: {report.text()}")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmtrain.data.files import short
+from lmtrain.data.openai_tools import json_type
 from lmtrain.types import LmtrainError, nearest
 
 SAMPLE = ("output_text", "output_json", "output_tools", "choices")
@@ -40,12 +41,12 @@ class Path:
                 else isinstance(value, Mapping) and step in value
             )
             if not inside:
-                names = list(map(str, value)) if isinstance(value, Mapping) else []
-                has = f"it has {short(', '.join(names[:20])) or 'no fields'}" if names else "it is no object or list"
-                has = f"it has {len(value)} items" if isinstance(value, list) else has
+                names = list(value) if isinstance(value, Mapping) else []
+                has = f"it has {short(', '.join(names[:20])) or 'nothing'}"
+                if not isinstance(value, Mapping):
+                    has = f"it is a list of {len(value)}" if isinstance(value, list) else f"it is {json_type(value)}"
                 hint = nearest(step, names) if isinstance(step, str) else ""
-                place = f"[{step}]" if isinstance(step, int) else f".{step}"
-                raise Missing(f"{at} has no {place.lstrip('.')}{hint} ({has})")
+                raise Missing(f"{at} has no {f'[{step}]' if isinstance(step, int) else step}: {has}.{hint}")
             value = value[step]
             at += f"[{step}]" if isinstance(step, int) else f".{step}"
         if value is None:
