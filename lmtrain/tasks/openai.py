@@ -49,29 +49,34 @@ class OpenAI(listed.Listed):
             raise LmtrainError(
                 f"malformed is {malformed!r}, takes {' or '.join(_MALFORMED)}.{nearest(malformed, _MALFORMED)}"
             )
-        for name in ("path", "grader"):
-            if not (path if name == "path" else grader):
-                raise LmtrainError(f"{name} is not set; write openai(path='FILE.jsonl', grader='GRADER.json')")
         limits = sandbox.Limits(float(seconds), cpu_seconds, number("memory_mb", memory_mb, 64, 1 << 20) << 20)
-        self.grader = graders.load(grader, limits)
         self._faults: set[str] = set()
+        if not path:  # said where its rows are asked for, as by every task with a file
+            return
+        if not grader:
+            raise LmtrainError("grader is not set; write openai(path='FILE.jsonl', grader='GRADER.json')")
+        self.grader = graders.load(grader, limits)
         for file in filter(None, (path, heldout_path)):  # refuses here, not after a stage that comes before
             report = Report(malformed)
             if next(self._usable(file, report), None) is None:
                 raise LmtrainError(f"{file}: no line that can be used. {report.text()}".rstrip())
 
     def load(self) -> Iterable[tuple[Row, bool | None]]:
+        if not self.path:
+            raise LmtrainError("task openai: path is not set; write openai(path='FILE.jsonl', grader='GRADER.json')")
         report = Report(self.malformed)
         rows = list(self._usable(self.path, report))
+        prompts = {_prompt(row) for row in rows}
         if self.heldout_path:
-            yield from ((row, False) for row in rows)
-            yield from ((row, True) for row in self._usable(self.heldout_path, report))
+            tests = list(self._usable(self.heldout_path, report))
+            held = {_prompt(row) for row in tests}
+            yield from ((row, True) for row in tests)
+            rows = [row for row in rows if _prompt(row) not in held]
         else:
-            problems = {self.problem(row) for row in rows}
-            held = {problem for problem in problems if generated.held_out(problem)}
-            if len(problems) > 1 and len(held) in (0, len(problems)):  # of a few prompts, chance may leave a side empty
-                held ^= {min(problems, key=lambda problem: hashlib.sha256(problem.encode()).digest())}
-            yield from ((row, self.problem(row) in held) for row in rows)
+            held = {prompt for prompt in prompts if generated.held_out(prompt)}
+            if len(prompts) > 1 and len(held) in (0, len(prompts)):  # of a few prompts, chance may leave a side empty
+                held ^= {min(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())}
+        yield from ((row, _prompt(row) in held) for row in rows)
         if report.reasons:
             log.say(f"task {self.name}: {report.text()}")
 
@@ -85,7 +90,8 @@ class OpenAI(listed.Listed):
                 report(error)
 
     def problem(self, row: Row) -> str:
-        return json.dumps([[m["role"], " ".join(m["content"].split())] for m in row["messages"]])
+        """All of the line: one prompt may stand with several answers. `load` keeps them on one side."""
+        return json.dumps(row["item"], sort_keys=True)
 
     def messages(self, row: Row) -> list[Message]:
         return list(row["messages"])
@@ -113,6 +119,11 @@ class OpenAI(listed.Listed):
             self._faults.add(fault)
             log.say(f"task {self.name}: the grader gave no grade, which counts as 0: {fault}")
         return value
+
+
+def _prompt(row: Row) -> str:
+    """What decides the side of a line: what is said in its messages."""
+    return json.dumps([[m["role"], " ".join(m["content"].split())] for m in row["messages"]])
 
 
 def usable(line: object, grader: graders.Grader | None, where: str) -> Row:
