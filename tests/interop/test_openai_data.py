@@ -254,6 +254,8 @@ def test_line_ends_compression_and_blank_lines_at_the_end_do_no_harm(write, tmp_
     assert numbers(openai_data.check(str(tmp_path / "z.jsonl.gz"))) == [1, 2, 3]
     found = openai_data.check(write(good[0] + b"\n\n\n" + good[1]))
     assert numbers(found) == [1, 4] and set(said_of(found)) == {2, 3}
+    every = [where for where, _ in strict.lines(Data(path=write(b"\n".join([good[0], b"", *good]))))]
+    assert [where.rpartition(":")[2] for where in every] == ["1", "2", "3", "4", "5"], "each once"
 
 
 def test_a_folder_is_checked_file_by_file(write, tmp_path, capsys):
@@ -364,6 +366,7 @@ def test_a_prompt_with_several_answers_is_on_one_side(write):
     first, second = write(many[:60], "a.jsonl"), write([{**row, "answer": "new"} for row in many[30:45]], "b.jsonl")
     task = lmtrain.tasks.get(f"openai(path={first!r}, heldout_path={second!r}, grader={write.grader!r})")
     assert {asked(row) for row in task.rows("heldout")} == {f"['Q{i}']" for i in range(10, 15)}
+    assert len(task.rows("heldout")) == 5, "the second file's alone, lines that repeat counted once"
     assert {asked(row) for row in task.rows("train")} == {f"['Q{i}']" for i in (*range(10), *range(15, 20))}
 
 

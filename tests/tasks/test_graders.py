@@ -120,8 +120,8 @@ def test_meteor_by_hand():
     assert similarity.meteor("sat the cat", "the cat sat") == pytest.approx(1 - 0.5 * (2 / 3) ** 3)
     # P = 2/2, R = 2/4: F = 10 * 0.5 / (0.5 + 9); one piece
     assert similarity.meteor("a b", "a b c d") == pytest.approx(10 * 0.5 / 9.5 * (1 - 0.5 / 8))
-    # the second "a" goes on after "x", where its piece does
-    assert similarity.meteor("a x a", "a b x a") == pytest.approx(10 * 0.75 / (0.75 + 9) * (1 - 0.5 * (2 / 3) ** 3))
+    # "a" is taken where it follows "x", not where it comes first: P = 1, R = 3/4, in one piece
+    assert similarity.meteor("x a b", "a x a b") == pytest.approx(10 * 0.75 / (0.75 + 9) * (1 - 0.5 / 27))
     assert similarity.meteor("a", "b") == 0.0 == similarity.meteor("", "")
 
 
