@@ -123,6 +123,19 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--shard-gb", type=float, default=5.0, help="largest file of tensors, in GB (default 5)")
     export.set_defaults(command=_export, takes_overrides=False)
 
+    check = commands.add_parser(
+        "check", formatter_class=raw, help="check a fine-tuning file of OpenAI's, line by line", description=CHECK
+    )
+    check.add_argument("file", metavar="FILE", help="JSON Lines (.gz too); a folder or a glob stands for its files")
+    check.add_argument(
+        "--kind", default="auto", help="supervised, preference or reinforcement (default auto: by most lines' fields)"
+    )
+    check.add_argument(
+        "--grader", default="", metavar="FILE", help="a grader's JSON, whose fields each reinforcement line must have"
+    )
+    check.add_argument("--json", default="", metavar="FILE", help="write the report here too, for programs")
+    check.set_defaults(command=_check, takes_overrides=False)
+
     bench = commands.add_parser("bench", help="measure speed against a ceiling taken in the same run")
     kinds = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     training = kinds.add_parser("train", help="tokens/s, FLOP/s and memory of a training step")
@@ -173,6 +186,19 @@ SIGTERM and Ctrl-C save first (exit status 75). Any setting is changed by --conf
   lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
   lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.path=books/
   lmtrain run ... --config.mesh.fsdp=2 --config.mesh.tensor=2"""
+
+
+CHECK = """Says which lines of a fine-tuning file lmtrain can train on, and what is wrong with each other one: its
+file and line, the reason, what was expected. Exit status 0: all lines are good; 2: one is bad.
+
+  lmtrain check train.jsonl
+  lmtrain check prompts.jsonl --kind reinforcement --grader grader.json --json report.json
+
+supervised      {"messages": [..., an assistant's], "tools": [...], "parallel_tool_calls": true}
+preference      {"input": {"messages": [...]}, "preferred_output": [message], "non_preferred_output": [message]}
+reinforcement   {"messages": [..., a user's], and fields that the grader reads}
+
+The good lines are trained on with data.source=openai (supervised, preference) and the task openai (reinforcement)."""
 
 
 def fields_help() -> str:
@@ -258,6 +284,17 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
         raise LmtrainError(f"--shard-gb is {args.shard_gb}, but takes a number above 0.")
     to = publish.export(args.dir, args.to, args.dtype, args.family, int(args.shard_gb * 1e9))
     print(f"lmtrain export: {args.dir}, written to {to}")
+
+
+def _check(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain.interop import openai_data
+
+    report = openai_data.check(args.file, args.kind, args.grader)
+    print(report.text(), flush=True)
+    if args.json:
+        report.write(args.json)
+    if report.bad:
+        raise LmtrainError(f"{args.file}: {len(report.bad):,} of {report.lines:,} lines are bad")
 
 
 def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:

@@ -87,6 +87,10 @@ def check_settings(kind: str, data: Data) -> None:
             raise ConfigError(f"{name}: got {got!r}, takes {', '.join(takes)}.{nearest(str(got), takes)}")
     for name, member in members(data).items():
         rows_lib.check_columns(member.columns, field(name))
+        if member.columns and member.source == "openai":
+            raise ConfigError(
+                f"{field(name)}.columns: fields of source openai have OpenAI's names; source jsonl renames"
+            )
 
 
 def preflight(kind: str, data: Data) -> None:

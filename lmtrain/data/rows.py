@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmtrain import flags
-from lmtrain.data import formats, records, sources
+from lmtrain.data import formats, records, sources, strict
 from lmtrain.data.messages import Message, Unusable, check
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import LmtrainError, nearest
@@ -29,6 +29,7 @@ _READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
     "parquet": records.parquet,
     "arrayrecord": records.arrayrecord,
     "hf": records.hf,
+    "openai": strict.lines,  # samples.py checks its rows (openai_rows.py)
 }
 _TAKES = ", ".join([*_READERS, "task or 'package.module:function'"])
 _PROMPTS = ("prompt", "question", "instruction")

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from lmtrain.data import openai_rows
 from lmtrain.data import rows as rows_lib
 from lmtrain.data.messages import Message, Unusable, opening
 from lmtrain.data.split import AUTO_HASH, digest, field, held_out, members
@@ -88,13 +89,22 @@ class Report:
 def samples(kind: str, data: Data, here: str, split: str, report: Report) -> Iterator[Sample]:
     """Every usable sample of a source; the others go to `report`."""
     for where, folded in rows_lib.rows(data, here, split, bad=report):
-        for row in rows_lib.unfold(folded):
+        for row in [folded] if data.source == "openai" else rows_lib.unfold(folded):
             try:
+                if data.source == "openai":
+                    row = _openai(kind, row, where)
                 found = list(_samples(kind, row, data.columns, where))
             except Unusable as error:
                 report(error)
                 continue
             yield from found
+
+
+def _openai(kind: str, row: dict, where: str) -> dict:
+    try:
+        return openai_rows.check(openai_rows.KIND_OF[kind], row)
+    except Unusable as error:
+        raise error.at(where) from None
 
 
 def _samples(kind: str, row: dict, columns: dict[str, str], where: str) -> Iterator[Sample]:

@@ -181,7 +181,8 @@ def write(
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
-        values = {"max_position_embeddings": 2048} | values | settings | {"dtype": dtype}
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        values = {"max_position_embeddings": 2048, **tokens} | values | settings | {"dtype": dtype}
         if "n_positions" in values:
             values.pop("max_position_embeddings")
         (half / "config.json").write_text(json.dumps(values, indent=2) + "\n")

@@ -139,7 +139,7 @@ def _gemma_scales() -> Aspect:
     def write(m: Model, out: dict[str, Any]) -> None:
         scale = m.attn_scale or m.head_dim**-0.5
         out |= {"attn_logit_softcapping": m.attn_softcap or None, "final_logit_softcapping": m.logit_softcap or None}
-        out |= {"query_pre_attn_scalar": scale**-2, "hidden_activation": "gelu_pytorch_tanh"}
+        out |= {"query_pre_attn_scalar": round(scale**-2), "hidden_activation": "gelu_pytorch_tanh"}
 
     return read, write
 

@@ -78,8 +78,13 @@ class User(Protocol):
 def start(task: Any, row: dict[str, Any], template: Template, seed: int) -> Episode:
     """A conversation before its first reply."""
     messages = list(task.messages(row))
-    tokens = template.prompt(messages)
+    tokens = template.prompt(messages, tools_of(task, row))
     return Episode(task, row, seed, messages, tokens, [False] * len(tokens), [0.0] * len(tokens))
+
+
+def tools_of(task: Any, row: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """The tools that a prompt shows; most tasks show none."""
+    return task.tools(row) if hasattr(task, "tools") else ()
 
 
 def demonstrate(e: Episode, template: Template, longest: int) -> None:
@@ -91,7 +96,7 @@ def demonstrate(e: Episode, template: Template, longest: int) -> None:
     if not hasattr(e.task, "solution"):
         raise LmtrainError(f"task {e.task.name} has no solutions to show: set rollout.demonstrations=0.")
     e.messages += e.task.solution(e.row)
-    ids, weights = template.encode(e.messages)
+    ids, weights = template.encode(e.messages, tools_of(e.task, e.row))
     if len(ids) > longest:
         raise LmtrainError(f"task {e.task.name}: a solution of {len(ids)} tokens, in rows of {longest}: {e.row}")
     e.tokens, e.own, e.logps = ids.tolist(), (weights > 0).tolist(), [0.0] * len(ids)
@@ -171,7 +176,7 @@ def play(
             if new is None:
                 ended += 1
                 continue
-            more = template.continuation(e.messages, new)
+            more = template.continuation(e.messages, new, tools_of(e.task, e.row))
             if longest and len(e.tokens) + len(more) >= longest:
                 e.truncated = True  # no room for another turn: cut here, before the user's
                 ended += 1

@@ -12,6 +12,7 @@ and, where it can,
 
     solution(row)            a demonstration: the messages that follow the prompt
     answer(row, reply)       the answer, normalised, for a majority vote; "" for none
+    tools(row)               what may be called, as OpenAI defines tools; the prompt shows them
     respond(row, messages)   what others say after an assistant's turn; None: the conversation is over
     score_conversation(row, messages)   parts, each 0 to 1
 

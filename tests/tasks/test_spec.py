@@ -16,6 +16,7 @@ def test_names_lists_the_files():
         "chatroom",
         "code",
         "gsm8k",
+        "openai",
         "pydocs",
         "several",
         "sorting",
