@@ -28,7 +28,6 @@ ROOMS = {
     "interop": BASE | {"data", "models", "tasks", "sandbox"},
     "sandbox": {"types"},
     "tasks": BASE | {"data", "sandbox"},
-    "interop": BASE | {"data", "models", "tasks", "sandbox"},
     "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},

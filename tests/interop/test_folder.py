@@ -30,7 +30,7 @@ MODELS = {
     "qwen3_moe": LLAMA | dict(qk_norm=True, experts=4, expert_mlp=24, router_norm=False),
     "mixtral": LLAMA | dict(experts=4),
     "gemma2": dict(activation="geglu", norm="gemma", post_norm=True, embed_scale=True, qk_norm=False, pattern="WG",
-                   window=9, attn_softcap=5.0, logit_softcap=4.0, attn_scale=0.3),
+                   window=9, attn_softcap=5.0, logit_softcap=4.0, attn_scale=0.25),
     "gemma3_text": dict(activation="geglu", norm="gemma", post_norm=True, embed_scale=True, pattern="WWG", window=9,
                         rope_theta=1e6, rope_local_theta=1e4),
     "gpt2": dict(kv_heads=4, activation="gelu", norm="layernorm", positions="learned", max_positions=64, qk_norm=False,
