@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.test
 	LMTRAIN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q tests/test_gpu.py
 
 test-peers: $(PEERS)/.done
-	$(PEERS)/bin/python -m pytest -q -rs tests/objectives/test_trl.py
+	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -57,5 +57,5 @@ $(PEERS)/.done: pyproject.toml constraints.txt
 	@echo "installing PyTorch and TRL into $(PEERS) (once)"
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" trl==1.8.0 requests
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" trl==1.8.0 peft==0.21.2 requests
 	@touch $@

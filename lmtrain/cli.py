@@ -121,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--family", default="", help="a family of transformers (default: the first that computes this)")
     export.add_argument("--shard-gb", type=float, default=5.0, help="largest file of tensors, in GB (default 5)")
+    export.add_argument("--adapter", action="store_true", help="the adapters alone (model.lora), as PEFT loads them")
     export.set_defaults(command=_export, takes_overrides=False)
 
     check = commands.add_parser(
@@ -282,7 +283,10 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
 
     if not args.shard_gb > 0:
         raise LmtrainError(f"--shard-gb is {args.shard_gb}, but takes a number above 0.")
-    to = publish.export(args.dir, args.to, args.dtype, args.family, int(args.shard_gb * 1e9))
+    if args.adapter:
+        to = publish.export_adapter(args.dir, args.to, args.family)
+    else:
+        to = publish.export(args.dir, args.to, args.dtype, args.family, int(args.shard_gb * 1e9))
     print(f"lmtrain export: {args.dir}, written to {to}")
 
 

@@ -35,6 +35,7 @@ class Origin:
       fingerprint: of the tokenizer that it was trained with.
       load: load(shardings) -> its parameters in float32; NumPy arrays where shardings is None.
       identify: a hash that stands for the weights.
+      rest: what the part that it did not train comes from ("": it trained all).
     """
 
     where: str
@@ -43,6 +44,7 @@ class Origin:
     fingerprint: str
     load: Callable[[Any], Params]
     identify: Callable[[], str]
+    rest: str = ""
 
     def frozen(self, mesh: Mesh | None = None) -> Frozen:
         """Parameters and forward pass, to be read and never trained; sharded over a mesh where given."""
@@ -99,7 +101,8 @@ def _stage(stage: pathlib.Path) -> Origin:
         own = checkpoint.identity(saved)
         return hashlib.sha256(f"{own} {rest['identity']}".encode()).hexdigest() if rest else own
 
-    return Origin(str(stage), model, stage.parent / "tokenizer", stored["tokenizer_sha256"], load, identify)
+    return Origin(str(stage), model, stage.parent / "tokenizer", stored["tokenizer_sha256"], load, identify,
+                  rest["from"] if rest else "")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- runs' folders

@@ -10,6 +10,7 @@ from lmtrain import log, origins, runs
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import export as export_lib
+from lmtrain.interop import huggingface, peft
 from lmtrain.models import lora, transformer
 from lmtrain.types import LmtrainError
 
@@ -64,6 +65,39 @@ def export(folder: str, to: str, dtype: str = "float32", kind: str = "", shard_b
             dtype=dtype, shard_bytes=shard_bytes, show=lambda done, whole: progress.show(100 * done // whole, {}),
         )  # fmt: skip
     (out / "README.md").write_text(card(run, family, dtype), encoding="utf-8")
+    return out
+
+
+def export_adapter(folder: str, to: str, kind: str = "") -> pathlib.Path:
+    """Writes the adapters of a run's stage as a PEFT folder, which names the model that they belong to: the Hugging
+    Face folder that the run began from, or (a model of lmtrain's own) its base, written beside as TO-base.
+
+    Raises:
+      LmtrainError: `to` is taken; the stage has no adapters, or trained more than them.
+    """
+    run, out = runs.load(folder), pathlib.Path(to)
+    origin = origins.find(str(run.folder / run.stage)) if run.stage else None
+    rest = run.config.get("rest")
+    if origin is None or not rest or not run.model.lora.rank:
+        raise LmtrainError(f"--adapter: {folder} has no adapters (model.lora); export it without.")
+    more = sorted(n for p in rest["trained"] if lora.SUFFIX not in (n := "/".join(p)) and "scalar" not in n)
+    if more:
+        raise LmtrainError(
+            f"--adapter: {folder} trained {more[0]} too, which an adapter cannot hold; export it without."
+        )
+    name = rest["from"]
+    base = origins.find(name, run.folder)
+    while base.rest:  # adapters trained in several stages rest on one model
+        base = origins.find(base.rest, run.folder)
+    model = lora.merge(run.model, {"layers": {}})[0]
+    if base.where.startswith(huggingface.PREFIX):
+        where = base.where.removeprefix(huggingface.PREFIX)
+        family = kind or origins.read_json(pathlib.Path(where) / "config.json")["model_type"]
+    else:
+        where = str(out.with_name(f"{out.name}-base").absolute())
+        family = export_lib.choose(model, kind)[0]
+        export(base.where, where, kind=family)
+    peft.write(out, family, where, run.model, run.params)
     return out
 
 

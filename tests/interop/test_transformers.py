@@ -255,3 +255,45 @@ def test_a_reply_of_the_exported_model_ends_where_lmtrains_does(scratch):
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["eos_token_id"] == list(run.template.stop)
     assert jnp.isfinite(jnp.asarray(run.params["embed"]["table"])).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+ADAPTERS = {
+    "llama": {},
+    "qwen 2": dict(matrices=("attn/[qv]",)),
+    "phi 3": dict(rslora=True),
+    "gpt-2": {},
+    "gemma 2": dict(dora=True),
+    "phi 3, dora": dict(dora=True, matrices=("attn/*", "mlp/up")),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_gives_the_same_logits_in_peft_as_merged(case, tmp_path):
+    """A rank-8 fine-tune of an imported folder, exported both ways."""
+    from lmtrain import config, schema
+    from lmtrain.data import tokenizer
+
+    peft = pytest.importorskip("peft")
+    name, fields = CASES[case.removesuffix(", dora")]
+    torch.manual_seed(0)
+    base = hf.AutoModelForCausalLM.from_config(getattr(hf, f"{name}Config")(**fields | dict(vocab_size=264)))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.bytes_tokenizer().save(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Line {i}: {i * 7 % 13} follows." for i in range(200)))
+    c = config.experiment()
+    c.stages.tune = config.stage(
+        steps=8, batch_size=8, samples=0, init_from=f"hf:{tmp_path / 'base'}",
+        model=config.model(lora=schema.Lora(8, **ADAPTERS[case])),
+        data=config.data("text", path=str(tmp_path / "text.txt"), document="paragraph", row_length=32),
+        optim=config.optim("adamw", lr=0.02),
+    )  # fmt: skip
+    run = experiment.run(c, tmp_path / "run")
+    publish.export(str(tmp_path / "run"), str(tmp_path / "merged"))
+    publish.export_adapter(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    tokens_BT = np.random.default_rng(0).integers(0, 264, (2, 64))
+    adapted = peft.PeftModel.from_pretrained(loads(tmp_path / "base"), tmp_path / "adapter").eval()
+    got, expected = theirs(adapted, tokens_BT), theirs(loads(tmp_path / "merged"), tokens_BT)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    np.testing.assert_allclose(got, ours(run.model, run.params, tokens_BT), atol=1e-4)
+    assert np.abs(got - theirs(loads(tmp_path / "base"), tokens_BT)).max() > 0.01
