@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -105,10 +105,10 @@ class Folder:
                 weight = _find(self.family.layer, ours)
             else:
                 numbers, weight = [], _find(self.family.ends, "/".join(names))
-            read = lambda index: self._block(weight, numbers, shape.shape, index).astype(dtype)  # noqa: E731
+            read = lambda index: self._block(weight, numbers, shape.shape, index).astype(dtype, copy=False)  # noqa: E731
             if sharding is None:
                 return read(tuple(slice(None) for _ in shape.shape))
-            return jax.make_array_from_callback(shape.shape, sharding, read)
+            return sharded(shape.shape, sharding, read)
 
         shapes = transformer.shapes(self.model)
         if shardings is None:
@@ -119,57 +119,37 @@ class Folder:
         """ours[index] of one of our arrays, of which `numbers` are the layers that its first dimension stacks."""
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         ranges = [range(*b) for b in bounds]
-        with Tensors(self.files, self.strip) as tensors:
-            if not numbers:
-                return self._one(tensors, weight, {}, shape, ranges)
-            parts = []
-            for at in ranges[0]:
-                if "{e}" in weight.theirs:
-                    experts = [self._one(tensors, weight, {"l": numbers[at], "e": e}, shape[2:], ranges[2:])
-                               for e in ranges[1]]  # fmt: skip
-                    parts.append(np.stack(experts))
-                else:
-                    parts.append(self._one(tensors, weight, {"l": numbers[at]}, shape[1:], ranges[1:]))
-            return np.stack(parts)
+        if not numbers:
+            return self._one(weight, {}, shape, ranges)
+        parts = []
+        for at in ranges[0]:
+            if "{e}" in weight.theirs:
+                experts = [self._one(weight, {"l": numbers[at], "e": e}, shape[2:], ranges[2:]) for e in ranges[1]]
+                parts.append(np.stack(experts))
+            else:
+                parts.append(self._one(weight, {"l": numbers[at]}, shape[1:], ranges[1:]))
+        return np.stack(parts)
 
-    def _one(
-        self, tensors: Tensors, weight: Weight, where: dict[str, int], shape: tuple[int, ...], ranges: list[range]
-    ) -> Any:
+    def _one(self, weight: Weight, where: dict[str, int], shape: tuple[int, ...], ranges: list[range]) -> Any:
         """A block of one of our arrays, or of one layer of it, out of the tensor that holds it."""
         name = weight.theirs.format(**where)
         first = weight.before(self.model) if weight.before else 0
         sizes = [len(r) for r in ranges]
         if weight.ins == 0:
             rows = ranges[0]
-            block = tensors.read(name, (slice(first + rows.start, first + rows.stop), *map(_slice, ranges[1:])))
+            block = self._read(name, (slice(first + rows.start, first + rows.stop), *map(_slice, ranges[1:])))
             return block.reshape(sizes)
         ins = _flat(ranges[: weight.ins], shape[: weight.ins])
         outs = _flat(ranges[weight.ins :], shape[weight.ins :])
         outs = slice(first + outs.start, first + outs.stop)
-        block = tensors.read(name, (ins, outs) if weight.flat else (outs, ins))
+        block = self._read(name, (ins, outs) if weight.flat else (outs, ins))
         return (block if weight.flat else block.T).reshape(sizes)
 
-
-class Tensors:
-    """Reads blocks of tensors; a file stays open, and its pages in memory, only until this is closed."""
-
-    def __init__(self, files: dict[str, pathlib.Path], strip: str) -> None:
-        self._files, self._strip, self._stack = files, strip, contextlib.ExitStack()
-        self._open: dict[pathlib.Path, Any] = {}
-
-    def __enter__(self) -> Tensors:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._open.clear()
-        self._stack.close()
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """tensor[index]."""
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(opened(file))
-        return self._open[file].get_slice(name.removeprefix(self._strip))[index]
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """tensor[index]. The file is closed again at once: as long as it is open, the pages read stay in memory."""
+        with opened(self.files[name]) as tensors:
+            block: np.ndarray = tensors.get_slice(name.removeprefix(self.strip))[index]
+            return block
 
 
 # ---------------------------------------------------------------------------------------------------------- opening
@@ -311,6 +291,23 @@ def check_tensors(
 
 
 # ------------------------------------------------------------------------------------------------------------- details
+def sharded(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], Any]) -> jax.Array:
+    """An array of blocks, each read, handed to its devices and let go before the next.
+
+    jax.make_array_from_callback has all blocks on the host at once, beside those on the devices.
+    """
+    blocks: dict[tuple[Any, ...], tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+        blocks.setdefault(key, (index, []))[1].append(device)
+    arrays = []
+    for index, devices in blocks.values():
+        block = read(index)
+        arrays += [jax.device_put(block, device).block_until_ready() for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
 @contextlib.contextmanager
 def opened(file: pathlib.Path) -> Iterator[Any]:
     """A file of tensors, opened. Raises LmtrainError where it is cut short or no safetensors file at all."""
