@@ -71,6 +71,20 @@ def preset(name: str, **fields: Any) -> ConfigDict:
     return _config_dict(schema.Model, {**base, **fields}, "model")
 
 
+def of(name: str, **fields: Any) -> tuple[ConfigDict, ConfigDict]:
+    """(tokenizer stage, model) of a trained model, as init_from names it: to start afresh in its shape, with its
+    tokens. `fields` replace those of the model.
+
+    Raises:
+      LmtrainError: there is no such model.
+    """
+    from lmtrain import origins
+
+    found = origins.find(name)
+    shape = dataclasses.asdict(found.model) | {"lora": schema.Lora()} | fields
+    return tokenizer("file", path=str(found.tokenizer)), _config_dict(schema.Model, shape, "model")
+
+
 def data(source: str = "stdlib", **fields: Any) -> ConfigDict:
     """A schema.Data with one source."""
     return _config_dict(schema.Data, {"source": source, **fields}, "data")

@@ -86,7 +86,12 @@ def run(
             else:
                 done = training_stage(e, name, stage, before, tok, folder, mesh)
                 before = name
-        assert done is not None  # config.build refuses an experiment without a training stage
+        if jax.process_index() == 0:
+            from lmtrain import report  # which reads runs, so it imports this
+
+            if table := report.comparison(folder):
+                log.say(table)
+    assert done is not None  # config.build refuses an experiment without a training stage
     return done
 
 

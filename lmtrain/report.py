@@ -41,9 +41,31 @@ def inspect(folder: str | os.PathLike[str]) -> str:
             lines.append(
                 f"    held out    {m['heldout_loss']:.4f} nats a token, {bits:.4f} bits per byte, at step {m['step']}"
             )
+    if table := comparison(last.parent):
+        lines.append(table)
     stored = origins.read_json(last / "config.json")
     lines += [f"configuration of {last.name}:", json.dumps(stored["stages"][last.name], indent=1)]
     lines.append(f"lmtrain inspect: {len(origins.stages(last.parent))} stage(s) in {last.parent}")
+    return "\n".join(lines)
+
+
+def comparison(folder: pathlib.Path) -> str:
+    """A table of held-out losses before and after, where several stages of a run were scored on the same text; else
+    "". A stage that has not ended yet is shown as far as it got."""
+    same: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {}
+    for here in origins.stages(folder):
+        scored = [m for m in log.read_metrics(here) if "heldout_loss" in m]
+        if len(scored) > 1:
+            stored = origins.read_json(here / "config.json")["stages"][here.name]
+            text = json.dumps([stored["data"], stored["objective"]], sort_keys=True)
+            same.setdefault(text, []).append((here.name, scored[0], scored[-1]))
+    lines: list[str] = []
+    for stages in (s for s in same.values() if len(s) > 1):
+        lines.append("held-out loss on the same text (nats a token, bits per byte)")
+        lines.append(f"{'stage':<16}{'step':>8}{'before':>18}{'after':>18}")
+        for name, first, last in stages:
+            said = [f"{m['heldout_loss']:.4f} {m['heldout_bits_per_byte']:.4f}" for m in (first, last)]
+            lines.append(f"{name:<16}{last['step']:>8,}{said[0]:>18}{said[1]:>18}")
     return "\n".join(lines)
 
 

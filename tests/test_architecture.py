@@ -52,7 +52,7 @@ ANYTHING = {
     "__init__",
 }
 # Read when they are called, so that a configuration can name a preset, and data a task whose demonstrations it is.
-LAZY = {("config", "models.presets"), ("data", "tasks")}
+LAZY = {("config", "models.presets"), ("config", "origins"), ("data", "tasks")}
 
 
 def imports(file):
