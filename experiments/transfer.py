@@ -4,7 +4,8 @@
     lmtrain run --config experiments/transfer.py:init=hf:FOLDER,source=text,path=book.txt --workdir runs/book
 
 By default the text is the source code of Python's own modules, of which the quickstart has read the documentation
-alone: 1.445 nats a token after 150 steps from it, 2.095 from scratch (80 seconds on two cores). Ends with a table of both held-out losses, which `lmtrain inspect` prints again.
+alone: 1.445 nats a token after 150 steps from it, 2.095 from scratch (80 seconds on two cores).
+Ends with a table of both held-out losses, which `lmtrain inspect` prints again.
 """
 
 from lmtrain import config
