@@ -108,6 +108,7 @@ def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
 def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
     """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
+    asked |= {"add": list(cfg.add)} if cfg.add else {}
     note = folder / "config.json"
     if jax.process_index() == 0 and not note.exists():
         beside: list[pathlib.Path] = []  # files that say how an imported model chats
@@ -115,6 +116,7 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
             tok = tokenizer_lib.bytes_tokenizer()
         elif cfg.kind == "file":
             tok = tokenizer_lib.load(pathlib.Path(cfg.path))
+            tok = tok.with_specials(cfg.add) if cfg.add else tok
             beside = [pathlib.Path(cfg.path) / side for side in tokenizer_lib.BESIDE]
         elif cfg.kind == "bpe":
             texts, names = tokenizer_texts(cfg, first)
@@ -158,7 +160,7 @@ def training_stage(
     """Runs, resumes or skips one training stage."""
     here, cfg = folder / name, feeds.settled(cfg)
     start = origins.find(cfg.init_from or before, folder) if cfg.init_from or before else None
-    if start and start.fingerprint != tok.fingerprint:
+    if start and start.fingerprint != tok.fingerprint and not tok.extends(tokenizer_lib.load(start.tokenizer)):
         raise LmtrainError(
             f"init_from {start.where}: it was trained with another tokenizer, so its tokens mean other text. Take its "
             f"own: --config.stages.tokenizer.kind=file --config.stages.tokenizer.path={start.tokenizer}"
@@ -229,10 +231,15 @@ def initial_params(origin: origins.Origin, model: schema.Model, mesh: Mesh) -> C
 
     def load() -> Params:
         theirs, ours = dataclasses.asdict(origin.model), dataclasses.asdict(model)
+        if model.vocab_size > origin.model.vocab_size:
+            theirs["vocab_size"] = model.vocab_size  # new tokens begin here
         if not origin.model.lora.rank:
             theirs["lora"] = ours["lora"]  # adapters begin here
         compare_models(theirs, ours, f"init_from {origin.where}", "stages.NAME.model")
         params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), mesh))
+        if model.vocab_size > origin.model.vocab_size:
+            shape = dataclasses.replace(origin.model, vocab_size=model.vocab_size)
+            params = origins.extended(params, model.vocab_size, mesh_lib.shardings(transformer.axes(shape), mesh))
         return {k: v for k, v in params.items() if k != "scalar" or model.scalar_head}
 
     return load

@@ -38,6 +38,8 @@ def check(s: schema.Stage | schema.Tokenizer | schema.Evaluation, where: str) ->
         _within(s, EVALUATION, where)
     elif isinstance(s, schema.Stage):
         _stage(s, where)
+    elif s.add and s.kind != "file":
+        raise ConfigError(f"{where}.add goes with kind='file', a tokenizer that is there already; kind is {s.kind!r}.")
 
 
 def _stage(s: schema.Stage, where: str) -> None:

@@ -62,7 +62,37 @@ def make(cfg: schema.Optim, steps: int, axes_tree: Any) -> tuple[optax.GradientT
         tx = _muon(cfg, curve, axes_tree)
     else:
         tx = _named(cfg, schedule, axes_tree)
-    return (optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx), schedule
+    parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    parts += [tx] + ([by_layer(cfg.layer_decay)] if cfg.layer_decay != 1 else [])
+    return (optax.chain(*parts) if len(parts) > 1 else tx), schedule
+
+
+def by_layer(decay: float) -> optax.GradientTransformation:
+    """Multiplies each layer's updates by decay ** (layers above it), those of the embedding by decay ** (all layers):
+    discriminative fine-tuning (Howard and Ruder 2018), as BEiT and others have it. Output and last norm keep theirs.
+
+    Layers lie in params["layers"][place][group] and params["tail"][place][0] (models/transformer.py).
+    """
+
+    def update(updates, state, params=None):
+        stacks = {name: updates.get(name, {}) for name in ("layers", "tail")}
+        places = max((int(i) + 1 for i in stacks["layers"]), default=0)
+        count = next((leaf.shape[0] for leaf in jax.tree.leaves(stacks["layers"])), 0)
+        total = count * places + max((int(i) + 1 for i in stacks["tail"]), default=0)
+
+        def scaled(path, leaf):
+            names = [key.key for key in path]
+            if names[0] in ("embed", "embed_norm", "positions"):
+                return leaf * decay**total
+            if names[0] not in stacks:
+                return leaf
+            first = int(names[1]) + (count * places if names[0] == "tail" else 0)
+            layer = first + places * jnp.arange(leaf.shape[0])
+            return leaf * (decay ** (total - 1.0 - layer)).reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -222,7 +252,15 @@ def _unknown(field: str, got: str, valid: list[str] | tuple[str, ...]) -> str:
 def _check(cfg: schema.Optim) -> None:
     if cfg.schedule not in SCHEDULES:
         raise schema.ConfigError(_unknown("optim.schedule", cfg.schedule, SCHEDULES))
-    limits = {"b1": (0, 1), "b2": (0, 1), "momentum": (0, 1), "final": (0, 1), "lr": (0, None), "muon_lr": (0, None)}
+    limits = {
+        "b1": (0, 1),
+        "b2": (0, 1),
+        "momentum": (0, 1),
+        "final": (0, 1),
+        "layer_decay": (0, 1),
+        "lr": (0, None),
+        "muon_lr": (0, None),
+    }
     limits |= {"warmup": (0, None), "decay": (0, None), "weight_decay": (0, None), "clip": (0, None), "eps": (0, None)}
     for field, (low, high) in limits.items():
         value = getattr(cfg, field)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmtrain import checkpoint, partial, schema
@@ -94,7 +95,10 @@ def _stage(stage: pathlib.Path) -> Origin:
         if shardings is not None:
             mesh = jax.tree.leaves(shardings)[0].mesh
             theirs = mesh_lib.shardings(transformer.axes(base.model), mesh)
-        frozen = partial.split(base.load(theirs), chosen)[1]
+        frozen = base.load(theirs)
+        if model.vocab_size > base.model.vocab_size:
+            frozen = extended(frozen, model.vocab_size, shardings)
+        frozen = partial.split(frozen, chosen)[1]
         return partial.ordered(partial.join(frozen, checkpoint.load_params(saved, shardings=ours)), axes)
 
     def identify() -> str:
@@ -103,6 +107,30 @@ def _stage(stage: pathlib.Path) -> Origin:
 
     return Origin(str(stage), model, stage.parent / "tokenizer", stored["tokenizer_sha256"], load, identify,
                   rest["from"] if rest else "")  # fmt: skip
+
+
+def extended(params: Params, vocab_size: int, shardings: Any = None) -> Params:
+    """The same parameters with a row of the embedding, and a column of an untied output, for each new token.
+
+    A new one starts as the mean of all others (Hewitt 2021): its logit is then near the average, so the distribution
+    over the old tokens hardly moves, where a random one could take all of it.
+
+    Args:
+      shardings: of the larger model's parameters.
+    """
+
+    def grown(x: Any, axis: int) -> Any:
+        new = vocab_size - x.shape[axis]
+        mean = jnp.mean(jnp.asarray(x, jnp.float32), axis=axis, keepdims=True).astype(x.dtype)
+        return jnp.concatenate([x, jnp.repeat(mean, new, axis=axis)], axis=axis)
+
+    out = dict(params)
+    for part, leaf, axis in (("embed", "table", 0), ("head", "kernel", 1)):
+        if part in params:
+            where = None if shardings is None else shardings[part][leaf]
+            grow = jax.jit(lambda x, axis=axis: grown(x, axis), out_shardings=where)
+            out[part] = {**params[part], leaf: grow(params[part][leaf])}
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------- runs' folders

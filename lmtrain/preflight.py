@@ -162,5 +162,7 @@ def model_of(cfg: schema.Stage, origin: schema.Model | None, vocab_size: int) ->
             if f.name not in COMPUTED and getattr(asked, f.name) == getattr(default, f.name)
         }
         asked = dataclasses.replace(asked, **same)
+        if origin.vocab_size < vocab_size and not cfg.model.vocab_size:
+            asked = dataclasses.replace(asked, vocab_size=vocab_size)  # the tokenizer has new tokens
     head = asked.scalar_head if cfg.model.scalar_head else bool(getattr(cfg.loss, "SCALAR", False))
     return transformer.resolve(dataclasses.replace(asked, scalar_head=head), vocab_size)

@@ -162,6 +162,9 @@ class Optim:
     b2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95  # Muon's
+    layer_decay: float = (
+        1.0  # each layer's learning rate is so much of that of the one above; the embedding's is lowest
+    )
     args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keyword arguments of the optax optimizer
 
 
@@ -173,6 +176,7 @@ class Tokenizer:
     path: str = ""  # kind file: a tokenizer.json or the folder that holds one
     vocab_size: int = 4096  # special tokens and the 256 bytes included
     train_bytes: int = 100_000_000  # text that training reads
+    add: tuple[str, ...] = ()  # kind file: special tokens to add ("<|user|>"); the model's tables grow by their rows
     data: Data | None = None  # None: that of the first training stage
 
 

@@ -311,3 +311,27 @@ def test_the_schedule_is_what_the_optimizer_used():
     for t in range(4):
         update, state = tx.update({"norm": jnp.ones(3)}, state, params)
         np.testing.assert_allclose(update["norm"], -schedule(t), rtol=1e-6)
+
+
+def test_each_layers_update_is_that_of_the_one_above_times_layer_decay():
+    """Five layers of a pattern of two, one left over: five different factors, the embedding's below, the output's 1."""
+    from lmtrain.models import transformer
+
+    cfg = transformer.resolve(schema.Model(layers=5, pattern="WG", window=4, width=16, heads=2, tied=False), 32)
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), transformer.shapes(cfg))
+    grads = jax.tree.map(lambda x: x * 0.3, params)
+    got = {}
+    for decay in (1.0, 0.5):
+        how = schema.Optim(name="sgd", lr=1.0, layer_decay=decay, clip=0.0, warmup=0)
+        tx, _ = optim.make(how, 10, transformer.axes(cfg))
+        got[decay] = tx.update(grads, tx.init(params), params)[0]
+    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), got[0.5], got[1.0])
+    for place, layers in (("0", (0, 2)), ("1", (1, 3))):
+        for leaf in jax.tree.leaves(ratio["layers"][place]):
+            for g, layer in enumerate(layers):
+                np.testing.assert_allclose(leaf[g], 0.5 ** (4 - layer), rtol=1e-6)
+    assert {float(x) for leaf in jax.tree.leaves(ratio["tail"]) for x in leaf.ravel()} == {1.0}
+    np.testing.assert_allclose(ratio["embed"]["table"], 0.5**5, rtol=1e-6)
+    np.testing.assert_allclose(ratio["head"]["kernel"], 1.0)
+    with pytest.raises(schema.ConfigError, match="optim.layer_decay is 1.5"):
+        optim.make(schema.Optim(layer_decay=1.5), 10, transformer.axes(cfg))

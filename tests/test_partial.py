@@ -182,3 +182,58 @@ def test_an_update_of_adapters_takes_less_memory_than_one_of_everything():
         found = update.lower(abstract, batch).compile().memory_analysis()
         need[rank] = found.argument_size_in_bytes + found.temp_size_in_bytes
     assert need[8] < 0.6 * need[0]
+
+
+# -------------------------------------------------------------------------------------------------------- new tokens
+def test_new_tokens_start_as_the_mean_of_all_others_and_are_trained(base, tmp_path):
+    """Tokens added to a run's tokenizer: one row each, the old ids and rows as they were; then SFT with them."""
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("file", path=str(base / "tokenizer"), add=("<|thought|>", "<|tool|>"))
+    c.stages.tune = stage(init_from=str(base), steps=1, optim=config.optim("adamw", lr=0.0, warmup=0))
+    done = experiment.run(c, tmp_path / "a")
+    old = runs.load(base)
+    assert done.model.vocab_size == old.model.vocab_size + 2 and done.tokenizer.extends(old.tokenizer)
+    assert done.tokenizer.special("<|tool|>") == old.model.vocab_size + 1
+    assert done.tokenizer.encode("a <|tool|> b") == old.tokenizer.encode("a <|tool|> b")  # in a text it is text
+    rows, before = np.asarray(done.params["embed"]["table"]), np.asarray(old.params["embed"]["table"])
+    np.testing.assert_array_equal(rows[:-2], before)
+    np.testing.assert_allclose(rows[-2:], np.broadcast_to(before.mean(0), (2, rows.shape[1])), atol=1e-7)
+
+
+def test_new_tokens_beside_frozen_ones_come_back_when_the_run_is_opened(base, tmp_path):
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("file", path=str(base / "tokenizer"), add=("<|thought|>",))
+    c.stages.tune = stage(init_from=str(base), **LORA)
+    done = experiment.run(c, tmp_path / "a")
+    back = runs.load(tmp_path / "a")
+    assert back.model.vocab_size == runs.load(base).model.vocab_size + 1
+    for path, x in flat(done.params).items():
+        np.testing.assert_array_equal(flat(back.params)[path], x)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(add=("<|end|>",)), r"tokenizer.add has '<\|end\|>', which is a token already"),
+        (dict(add=("<|a|>", "<|a|>")), "which is a token already"),
+        (dict(add=(" ",)), "which is empty"),
+        (dict(kind="bytes", path="", add=("<|a|>",)), "add goes with kind='file'"),
+    ],
+)
+def test_tokens_that_cannot_be_added_are_refused(base, tmp_path, fields, message):
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer(**dict(kind="file", path=str(base / "tokenizer")) | fields)
+    c.stages.tune = stage(init_from=str(base))
+    with pytest.raises(LmtrainError, match=message):
+        experiment.run(c, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_tokenizer_that_only_looks_larger_is_another_one(base, tmp_path):
+    text = (base / "tokenizer/tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace('"<|pad|>"', '"<|fill|>"'))
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("file", path=str(tmp_path), add=("<|a|>",))
+    c.stages.tune = stage(init_from=str(base))
+    with pytest.raises(LmtrainError, match="trained with another tokenizer"):
+        experiment.run(c, tmp_path / "a")

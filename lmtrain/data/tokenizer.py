@@ -120,6 +120,29 @@ class Tokenizer:
         """The id that fills up a last row; of no meaning to the model, since its segment is 0."""
         return self._special_ids.get("<|pad|>", self.end)
 
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether it has all of another's tokens under their ids, splits text alike, and may have more special ones."""
+        mine, theirs = self._spec, other._spec
+        more = [t for t in mine["added_tokens"] if t["id"] >= other.vocab_size]
+        fewer = {**mine, "added_tokens": [t for t in mine["added_tokens"] if t["id"] < other.vocab_size]}
+        alike = all(fewer[key] == theirs[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model"))
+        return alike and all(t["special"] for t in more)
+
+    def with_specials(self, names: Sequence[str]) -> Tokenizer:
+        """The same with further special tokens, their ids behind all others.
+
+        Raises:
+          ConfigError: one is a token already, or empty.
+        """
+        for i, name in enumerate(names):
+            if not name.strip() or self.backend.token_to_id(name) is not None or name in names[:i]:
+                raise ConfigError(
+                    f"tokenizer.add has {name!r}, which is {'empty' if not name.strip() else 'a token already'}."
+                )
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        return Tokenizer(backend, self.source)
+
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. Never a special one; bytes that are not UTF-8 (and lone surrogates) become one token each."""
         return self.encode_batch([text])[0].tolist()
