@@ -39,7 +39,7 @@ from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
-from lmtrain.models import transformer
+from lmtrain.models import quantise, transformer
 from lmtrain.types import LmtrainError, Params
 
 
@@ -181,10 +181,13 @@ def training_stage(
 
     initial = initial_params(start, model, mesh) if start else None
     chosen = partial.trained(cfg, model, transformer.axes(model))
-    rest = frozen_part(chosen, start, model, initial)
+    rest = frozen_part(chosen, start, model, initial, cfg.quantize)
     if rest:
-        assert start is not None
-        settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen)}
+        assert start is not None and initial is not None
+        settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen),
+                            "quantize": cfg.quantize}  # fmt: skip
+        if cfg.quantize:
+            initial = rounded(chosen, initial, cfg.quantize)
     cfg = runs.with_template(cfg, folder)
     made = feeds.Stage(cfg, transformer.Forward(model, mesh), tok, mesh, e.seed, folder, name, initial, start)
     try:
@@ -250,8 +253,10 @@ def frozen_part(
     start: origins.Origin | None,
     model: schema.Model,
     initial: Callable[[], Params] | None,
+    kind: str,
 ) -> Params:
-    """The parameters that a stage does not train, on the devices; {} where it trains all.
+    """The parameters that a stage does not train, on the devices, quantised where `kind` says how; {} where it trains
+    all.
 
     Raises:
       ConfigError: what it starts from lacks one of them.
@@ -264,7 +269,17 @@ def frozen_part(
     missing = {name for _, name, _ in partial.named(rest)} - {name for _, name, _ in partial.named(found)}
     if missing:
         raise schema.ConfigError(f"{sorted(missing)[0]} is not trained, but {start.where} has none; train it too.")
-    return found
+    return quantise.quantised(found, kind) if kind else found
+
+
+def rounded(chosen: set[tuple[str, ...]], initial: Callable[[], Params], kind: str) -> Callable[[], Params]:
+    """What a stage starts from as it is computed with: its frozen matrices through so few bits."""
+
+    def load() -> Params:
+        ours, rest = partial.split(initial(), chosen)
+        return partial.join(quantise.rounded(rest, kind), ours)
+
+    return load
 
 
 def rest_name(start: origins.Origin, before: str) -> str:

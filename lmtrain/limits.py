@@ -49,6 +49,8 @@ def _stage(s: schema.Stage, where: str) -> None:
         if getattr(s.rollout, field) not in takes:
             hint = flags.unknown(getattr(s.rollout, field), takes, f"what {where}.rollout.{field} takes")
             raise ConfigError(hint)
+    if s.quantize not in ("", "int8", "nf4"):
+        raise ConfigError(f"{where}.quantize: {flags.unknown(s.quantize, ('int8', 'nf4'), 'a way to quantise')}")
     if s.samples and not s.prompts:
         raise ConfigError(
             f"{where}.prompts is empty, but {where}.samples={s.samples} needs one; ('',) starts a document."

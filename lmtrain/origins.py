@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lmtrain import checkpoint, partial, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.interop import huggingface
-from lmtrain.models import transformer
+from lmtrain.models import quantise, transformer
 from lmtrain.types import Frozen, LmtrainError, Params
 
 
@@ -98,7 +98,7 @@ def _stage(stage: pathlib.Path) -> Origin:
         frozen = base.load(theirs)
         if model.vocab_size > base.model.vocab_size:
             frozen = extended(frozen, model.vocab_size, shardings)
-        frozen = partial.split(frozen, chosen)[1]
+        frozen = quantise.rounded(partial.split(frozen, chosen)[1], rest.get("quantize", ""))
         return partial.ordered(partial.join(frozen, checkpoint.load_params(saved, shardings=ours)), axes)
 
     def identify() -> str:

@@ -58,6 +58,11 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                         "a part of the model is not trained (model.lora, train, freeze), and there is no trained model "
                         "that it comes from: set init_from, or put a stage before it."
                     )
+                if stage.quantize and not partial.split(axes, chosen)[1]:
+                    raise schema.ConfigError(
+                        f"quantize is {stage.quantize!r}, but everything is trained: only frozen matrices can be kept "
+                        "in few bits. Set model.lora.rank, train or freeze."
+                    )
                 optim.make(stage.optim, stage.steps, partial.split(axes, chosen)[0])
                 check_batch(stage, mesh)
                 if origin.max_positions and stage.data.row_length > origin.max_positions:

@@ -224,6 +224,7 @@ class Stage:
     init_from: str = ""  # "": the stage before, or fresh; else an earlier stage's name, a run's folder, or a stage's
     train: tuple[str, ...] = ()  # patterns of the parameters that are trained ("attn/*"); (): all, or the adapters
     freeze: tuple[str, ...] = ()  # patterns of those that are not
+    quantize: str = ""  # how frozen matrices are kept: int8 | nf4; "": as floating point
     objective: str = "pretrain"  # a name in objectives/ or "package.module:function"
     loss: Any = None  # the objective's own settings: the dataclass that its fourth argument is annotated with
     source: str = (

@@ -9,7 +9,7 @@ import pytest
 from lmtrain import checkpoint, config, experiment, partial, publish, runs, schema, step
 from lmtrain import mesh as meshes
 from lmtrain import optim as optim_lib
-from lmtrain.models import lora, transformer
+from lmtrain.models import lora, quantise, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.types import LmtrainError
 
@@ -237,3 +237,46 @@ def test_a_tokenizer_that_only_looks_larger_is_another_one(base, tmp_path):
     c.stages.tune = stage(init_from=str(base))
     with pytest.raises(LmtrainError, match="trained with another tokenizer"):
         experiment.run(c, tmp_path / "a")
+
+
+# --------------------------------------------------------------------------------------------------------- few bits
+@pytest.mark.parametrize("kind, worst", [("int8", 0.01), ("nf4", 0.12)])
+def test_a_quantised_base_is_near_what_it_was_and_comes_back_as_it_was_trained_with(base, tmp_path, kind, worst):
+    pytest.importorskip("qwix")
+    done = run(base, tmp_path / "a", quantize=kind, **LORA)
+    before = flat(runs.load(base).params)
+    back = flat(runs.load(tmp_path / "a").params)
+    trained_with = flat(quantise.dequantised(done.params))
+    assert back.keys() == trained_with.keys()
+    apart = {}
+    for path, x in back.items():
+        np.testing.assert_allclose(x, trained_with[path], atol=1e-7)
+        if path in before:
+            apart[path] = np.linalg.norm(x - before[path]) / np.linalg.norm(before[path])
+    matrices = {path for path in apart if path[-1] in quantise.MATRICES}
+    assert all(0 < apart[path] < worst for path in matrices) and len(matrices) == 8 - 1  # q k v o gate up down
+    assert all(apart[path] == 0 for path in apart.keys() - matrices)
+
+
+def test_a_quantised_model_computes_what_its_matrices_in_floating_point_do():
+    pytest.importorskip("qwix")
+    batch = {"tokens_BT": np.arange(24).reshape(2, 12), "targets_BT": np.ones((2, 12), np.int32)}
+    for fields in (dict(), dict(experts=4, activation="swiglu", tied=False), dict(pattern="WG", window=4, layers=3)):
+        cfg = transformer.resolve(
+            schema.Model(**dict(layers=2, width=64, heads=4, mlp=96, zero_init=False) | fields), 40
+        )
+        params = transformer.init(cfg, jax.random.key(0))
+        forward = transformer.Forward(cfg)
+        loss = jax.jit(lambda p, f=forward: f.losses(p, batch).nll_BT)
+        for kind in quantise.KINDS:
+            few = quantise.quantised(params, kind)
+            assert any(map(quantise.is_quantised, jax.tree.leaves(few, is_leaf=quantise.is_quantised)))
+            np.testing.assert_allclose(loss(few), loss(quantise.rounded(params, kind)), atol=1e-5)
+            assert np.abs(np.asarray(loss(few) - loss(params))).max() > 1e-5
+
+
+def test_what_is_trained_is_not_quantised(base, tmp_path):
+    with pytest.raises(LmtrainError, match="quantize is 'int8', but everything is trained"):
+        run(base, tmp_path / "a", quantize="int8")
+    with pytest.raises(LmtrainError, match="quantize: 'int4'.*(int8|nf4)"):
+        run(base, tmp_path / "a", quantize="int4", **LORA)

@@ -21,6 +21,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.models.params import normal, ones, param, zeros
+from lmtrain.models.quantise import dequantised
 from lmtrain.types import Params
 
 SUFFIX = "_lora"
@@ -95,7 +96,8 @@ def merged(cfg: schema.Lora, w: jax.Array, a: jax.Array, b: jax.Array, gain: jax
 
 
 def merge(cfg: schema.Model, params: Params) -> tuple[schema.Model, Params]:
-    """The same model without adapters, each added to its matrix. Without any, both as they are."""
+    """The same model without adapters, each added to its matrix, in floating point."""
+    params = dequantised(params)
     if not cfg.lora.rank:
         return cfg, params
 

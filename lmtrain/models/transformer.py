@@ -26,6 +26,7 @@ from lmtrain.models.attention import Attention, keeps, platform
 from lmtrain.models.head import Ends, TokenLosses
 from lmtrain.models.layers import BY_LENGTH, MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
+from lmtrain.models.quantise import dequantised
 from lmtrain.models.shapes import groups, resolve
 from lmtrain.types import Batch, Params
 
@@ -266,7 +267,7 @@ class Forward:
         count, body, tail = groups(cfg)
 
         def group(kinds, x_BTD, weights, cache):
-            aux, out = jnp.zeros((), jnp.float32), {}
+            aux, out, weights = jnp.zeros((), jnp.float32), {}, dequantised(weights)
             for i, kind in enumerate(kinds):
                 block = p.merge(_graph(cfg, kind), weights[str(i)])
                 kept = None if cache is None else cache[str(i)]
@@ -311,7 +312,8 @@ class Forward:
         return ends.norm(x_BTD), aux, None if cache is None else new
 
     def _ends(self, params: Params) -> Ends:
-        return p.merge(_graph(self.cfg, "ends"), {k: v for k, v in params.items() if k not in ("layers", "tail")})
+        ends = {k: v for k, v in params.items() if k not in ("layers", "tail")}
+        return p.merge(_graph(self.cfg, "ends"), dequantised(ends))
 
     def loops(self, count: int) -> bool:
         """Whether so many layer groups are traced one after the other, not scanned."""
