@@ -37,6 +37,8 @@ ANYTHING = {
     "preflight",
     "feeds",
     "scoring",
+    "evaluate",
+    "record",
     "runs",
     "terminal",
     "cli",
