@@ -149,8 +149,7 @@ def table(found: dict[str, Result]) -> str:
             value, interval = score.says()
             lines.append(f"  {name:<{width}}{value:>10}  {interval:<20}{score.rows:>7,}")
         lines += [f"  ({note})" for note in result.notes]
-        if result.alarm:
-            lines.append(f"  ALARM: {result.alarm}")
-        elif suite == "overfitting":
+        lines += [f"  ALARM: {text}" for text in result.alarms]
+        if suite == "overfitting" and not result.alarms:
             lines.append("  no alarm")
     return "\n".join(lines)

@@ -130,7 +130,7 @@ class Record:
         """
         stage = self.stages[-1]
         if stage.kind not in ROWS:
-            others = "".join(f", such as {s.folder}" for s in self.stages[-2::-1] if s.kind in ROWS)
+            others = next((f", such as {s.folder}" for s in self.stages[-2::-1] if s.kind in ROWS), "")
             raise Missing(
                 f"suite overfitting compares rows of documents or conversations, and {stage.folder} is fed by"
                 f" {stage.kind}: give the folder of a stage that has such rows{others}."

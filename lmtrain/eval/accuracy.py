@@ -2,7 +2,7 @@
 
 How a task is asked:
     choices(row)   the likeliest choice counts, nothing is generated (tasks/multiple_choice.py)
-    plain(row)     and the model does not chat: it goes on from that text (tasks/questions.py)
+    plain(row)     one reply, up to a text of `stop` (tasks/questions.py); a model that does not chat goes on from that
     else           in a conversation, by the chat template, like reinforcement learning's
 
 Replies are the likeliest tokens (temperature 0).
@@ -35,8 +35,8 @@ def run(s: Subject) -> Result:
         rows = [rows[i] for i in range(min(s.settings.rows or len(rows), len(rows)))]
         if hasattr(task, "choices"):
             _choices(s, name, task, rows, result)
-        elif hasattr(task, "plain") and not s.chat:
-            _plain(s, name, task, rows, result)
+        elif hasattr(task, "plain"):
+            _reply(s, name, task, rows, result)
         else:
             _chat(s, name, task, rows, result)
     return result
@@ -112,8 +112,12 @@ def complete(s: Subject, prompts: Sequence[list[int]], max_tokens: int, stop: Se
     return [out[i] for i in range(len(prompts))]
 
 
-def _plain(s: Subject, name: str, task: Any, rows: Sequence[dict[str, Any]], result: Result) -> None:
-    prompts = [[*begin(s.tokenizer), *s.tokenizer.encode(task.plain(row))] for row in rows]
+def _reply(s: Subject, name: str, task: Any, rows: Sequence[dict[str, Any]], result: Result) -> None:
+    if s.chat:
+        template = s.template()
+        prompts = [template.prompt(task.messages(row)) for row in rows]
+    else:
+        prompts = [[*begin(s.tokenizer), *s.tokenizer.encode(task.plain(row))] for row in rows]
     replies = complete(s, prompts, task.max_tokens, task.stop, f"accuracy: {name}")
     told = [
         {"where": row.get("where", ""), "reply": reply, "score": float(task.score(row, reply))}

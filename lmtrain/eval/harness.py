@@ -10,6 +10,8 @@ Its chat contexts are texts; special tokens stand in them between two code point
 
 from __future__ import annotations
 
+import logging
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,13 +39,21 @@ def run(s: Subject) -> Result:
         raise Missing("suite harness needs the names of lm-evaluation-harness's tasks: --tasks NAME.")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=s.settings.include_path or None)
+    folder = s.settings.include_path
+    if folder and not pathlib.Path(folder).is_dir():
+        raise LmtrainError(f"--include_path {folder}: no such folder.")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves
+    manager = TaskManager(include_path=folder or None)
     for name in s.settings.tasks:
         if name not in manager.all_tasks:
             raise LmtrainError(
                 f"suite harness: lm-evaluation-harness has no task {name!r}.{nearest(name, manager.all_tasks)}"
                 " --include_path FOLDER adds task files of yours."
             )
+    try:
+        manager.load(list(s.settings.tasks))
+    except Exception as error:  # of many kinds: a broken task file, a data file or a network that is not there
+        raise LmtrainError(f"suite harness: a task cannot be loaded: {type(error).__name__}: {error}") from None
     found = lm_eval.simple_evaluate(
         LM(s), tasks=list(s.settings.tasks), task_manager=manager, limit=s.settings.rows or None, bootstrap_iters=0,
         log_samples=True, apply_chat_template=s.chat, num_fewshot=s.settings.shots if s.settings.shots >= 0 else None,

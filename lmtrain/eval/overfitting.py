@@ -33,7 +33,6 @@ def run(s: Subject) -> Result:
     """Both measures, and the alarm."""
     record = s.needs_record("overfitting")
     result = Result()
-    alarms = []
     try:
         learned, held = record.drawn_rows(s.settings.rows, s.settings.seed)
     except Missing as why:
@@ -48,11 +47,11 @@ def run(s: Subject) -> Result:
         scores = {name: estimates.ratio(*x, s.settings.seed, "nats") for name, x in zip(SIDES, sums, strict=True)}
         gap = estimates.difference(sums[0], sums[1], s.settings.seed, "nats")
         result.scores = {**scores, "gap": gap}
-        alarms.append(gap_alarm(gap, scores[SIDES[1]].value))
+        result.alarms.append(gap_alarm(gap, scores[SIDES[1]].value))
     trend = trend_of(record.metrics())
     result.details["trend"] = trend
     if trend:
-        alarms.append(trend_alarm(trend))
+        result.alarms.append(trend_alarm(trend))
         result.notes.append(
             f"held-out loss by metrics.jsonl: best {trend['best']:.4f} at step {trend['best_step']}, last"
             f" {trend['last']:.4f} at step {trend['last_step']}; training loss around them {trend['loss_then']:.4f} and"
@@ -60,7 +59,7 @@ def run(s: Subject) -> Result:
         )
     else:
         result.notes.append(f"no trend: metrics.jsonl has fewer than {FEWEST} evaluations after the first step")
-    result.alarm = "; ".join(filter(None, alarms))
+    result.alarms = [text for text in result.alarms if text]
     result.details["thresholds"] = {"gap": GAP, "trend": TREND}
     return result
 

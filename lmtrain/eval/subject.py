@@ -168,17 +168,17 @@ class Result:
 
     Attributes:
       scores: by name: "gsm8k: accuracy" stands under gsm8k.
-      alarm: what is wrong with the model, in words; "": nothing.
+      alarms: what is wrong with the model, in words.
       notes: what the numbers do not say.
       details: for eval.json, such as the result of every row.
     """
 
     scores: dict[str, Estimate] = dataclasses.field(default_factory=dict)
-    alarm: str = ""
+    alarms: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """As it stands in eval.json."""
         scores = {name: score.json() for name, score in self.scores.items()}
-        return {"scores": scores, "alarm": self.alarm, "notes": self.notes, "details": self.details}
+        return {"scores": scores, "alarms": self.alarms, "notes": self.notes, "details": self.details}

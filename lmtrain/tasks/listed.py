@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmtrain.data import records
 from lmtrain.schema import Data
-from lmtrain.tasks.generated import Row, check_split, held_out
+from lmtrain.tasks.generated import Message, Row, check_split, held_out, user
 from lmtrain.types import LmtrainError, nearest
 
 
@@ -52,22 +52,25 @@ class Listed(abc.ABC):
         return self._rows[split]
 
 
+PLAIN = "Question: {question}\nAnswer:"
+
+
 class Given(abc.ABC):
     """A task whose evaluation is a file: all its rows are held out, in the file's order, repeated ones too.
 
-    A subclass gives `name`, `max_tokens`, `read`, `messages`, `score` and the rest of the contract.
+    A subclass gives `name`, `max_tokens`, `read`, `score` and the rest of the contract.
 
     Args:
       path: the file, JSON Lines (.gz too).
       train_path: another file, to train on; a problem of `path` is left out of it.
-      prompt: how a question is put as plain text, to a model that does not chat: "{question}" stands for it.
+      prompt: how a question is put, "{question}" in it; "": the question alone in a chat, else PLAIN.
     """
 
     name = ""
     max_tokens = 32
 
     def __init__(self, path: str, train_path: str, prompt: str) -> None:
-        if "{question}" not in prompt:
+        if prompt and "{question}" not in prompt:
             raise LmtrainError(f"prompt is {prompt!r}, but takes a text with {{question}} in it.")
         self.path, self.train_path, self.prompt = path, train_path, prompt
         self._rows: dict[str, list[Row]] = {}
@@ -81,8 +84,12 @@ class Given(abc.ABC):
         return row["question"]
 
     def plain(self, row: Row) -> str:
-        """The plain text that a model goes on from."""
-        return self.prompt.replace("{question}", self.asks(row))
+        """The text that a model which does not chat goes on from."""
+        return (self.prompt or PLAIN).replace("{question}", self.asks(row))
+
+    def messages(self, row: Row) -> list[Message]:
+        """What the user says in a chat."""
+        return user((self.prompt or "{question}").replace("{question}", self.asks(row)))
 
     def problem(self, row: Row) -> str:
         """What makes two rows the same problem."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmtrain.tasks import listed
-from lmtrain.tasks.generated import Message, Row, assistant, number, user
+from lmtrain.tasks.generated import Message, Row, assistant, number
 from lmtrain.types import LmtrainError
 
 
@@ -17,15 +17,15 @@ class MultipleChoice(listed.Given):
     Args:
       path: the file.
       train_path: another file, to train on.
-      prompt: how a question is put as plain text, "{question}" in it; in a chat the user says the question alone.
-      delimiter: what stands between that and a choice.
+      prompt: how a question is put, "{question}" in it; "": the question alone in a chat, else listed.PLAIN.
+      delimiter: what stands between that and a choice; in a chat nothing does.
       letters: the choices are listed under the question, A, B, ..., and the letters are what is chosen.
     """
 
     name = "multiple_choice"
 
     def __init__(
-        self, path: str = "", train_path: str = "", prompt: str = "Question: {question}\nAnswer:", delimiter: str = " ",
+        self, path: str = "", train_path: str = "", prompt: str = "", delimiter: str = " ",
         letters: bool = False, max_tokens: int = 64,
     ):  # fmt: skip
         super().__init__(path, train_path, prompt)
@@ -53,9 +53,6 @@ class MultipleChoice(listed.Given):
     def choices(self, row: Row) -> list[str]:
         """What is chosen from."""
         return [_letter(i) for i in range(len(row["choices"]))] if self.letters else row["choices"]
-
-    def messages(self, row: Row) -> list[Message]:
-        return user(self.asks(row))
 
     def score(self, row: Row, reply: str) -> float:
         return float(self.answer(row, reply) == self.choices(row)[row["right"]])

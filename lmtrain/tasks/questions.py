@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 from lmtrain.tasks import listed
-from lmtrain.tasks.generated import Message, Row, assistant, number, user
+from lmtrain.tasks.generated import Message, Row, assistant, number
 from lmtrain.types import LmtrainError
 
 
@@ -20,14 +20,14 @@ class Questions(listed.Given):
     Args:
       path: the file.
       train_path: another file, to train on.
-      prompt: how a question is put as plain text, "{question}" in it; in a chat the user says the question alone.
-      stop: texts that end a reply to plain text; in a chat the end of the turn does.
+      prompt: how a question is put, "{question}" in it; "": the question alone in a chat, else listed.PLAIN.
+      stop: texts that end a reply, besides the end of the turn or of the document.
     """
 
     name = "questions"
 
     def __init__(
-        self, path: str = "", train_path: str = "", prompt: str = "Question: {question}\nAnswer:",
+        self, path: str = "", train_path: str = "", prompt: str = "",
         stop: tuple = ("\n",), max_tokens: int = 64,
     ):  # fmt: skip
         super().__init__(path, train_path, prompt)
@@ -45,9 +45,6 @@ class Questions(listed.Given):
             raise LmtrainError(f"{where}: answer is {row['answer']!r:.80}, but takes a text with a letter or digit in "
                                "it, or a list of such.")  # fmt: skip
         return {"question": row["question"], "answers": answers}
-
-    def messages(self, row: Row) -> list[Message]:
-        return user(self.asks(row))
 
     def score(self, row: Row, reply: str) -> float:
         return float(normalised(reply) in {normalised(answer) for answer in row["answers"]})
