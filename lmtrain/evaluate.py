@@ -16,7 +16,6 @@ from lmtrain.eval.subject import FORMATS, Missing, Result, Settings, Subject
 from lmtrain.schema import Data
 from lmtrain.types import LmtrainError, nearest
 
-FILE = "eval.json"
 UNKNOWN_LENGTH = 1024  # positions that a model from elsewhere sees at once, where nothing says how many
 CHATTED = ("chat", "pairs", "labels", "rollout")  # kinds of a stage that is trained on conversations
 
@@ -40,6 +39,8 @@ def evaluate(
     settings = settings or Settings()
     wanted = suites.names(suite)
     check(settings)
+    if json and not pathlib.Path(json).absolute().parent.is_dir():
+        raise LmtrainError(f"--json {json}: there is no folder {pathlib.Path(json).parent}.")
     texts = {name: read_text(name) for name in settings.text}
     compilation.use_cache()
     opened = run if isinstance(run, runs.Run) else runs.load(run)
@@ -115,24 +116,27 @@ def read_text(path: str) -> list[str]:
 def keep(
     run: runs.Run, s: Subject, settings: Settings, found: dict[str, Result], skipped: dict[str, str], json: str
 ) -> None:
-    """Writes the results: for every stage the newest of each suite."""
-    file = pathlib.Path(json) if json else run.folder / FILE
+    """Writes the results: for every stage the newest of each suite. Nothing is written into the folder of a model from
+    elsewhere."""
     here = {
         name: {"step": run.step, "settings": _plain(settings), "resamples": RESAMPLES, "row_length": s.longest,
                "chat": s.chat, **result.json()}
         for name, result in found.items()
     }  # fmt: skip
-    known: dict[str, Any] = runs.read_json(file) if file.exists() and not json else {}
-    known.setdefault(run.stage, {}).update(here)
+    file = pathlib.Path(json) if json else run.folder / report.EVALUATION
+    where = f"all of it: {file}"
     if json:
-        known = {run.stage: here, "left_out": skipped}
-    if not file.parent.is_dir():
-        raise LmtrainError(f"{'--json ' * bool(json)}{file}: there is no folder {file.parent}.")
-    if jax.process_index() == 0:
+        known: dict[str, Any] = {run.stage: here, "left_out": skipped}
+    else:
+        known = runs.read_json(file) if file.exists() else {}
+        known.setdefault(run.stage, {}).update(here)
+    if not json and s.record is None:
+        where = "--json FILE keeps it"
+    elif jax.process_index() == 0:
         runs.write_json(file, known)
-        if not json and s.record is not None:
+        if not json:
             report.write(run.folder)
-    log.say(f"lmtrain eval: {', '.join(found)} of {s.name}, step {run.step}; {RESAMPLES:,} resamples; rows: {file}")
+    log.say(f"lmtrain eval: {', '.join(found)} of {s.name}, step {run.step}; {RESAMPLES:,} resamples; {where}")
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
