@@ -14,7 +14,6 @@ from lmtrain.eval.estimates import Estimate
 from lmtrain.models import transformer
 from lmtrain.types import LmtrainError
 
-
 EVALUATION = "eval.json"  # what `lmtrain eval` keeps in a run's folder: stage -> suite -> scores
 
 
@@ -134,7 +133,7 @@ def _evaluation(suites: dict[str, Any]) -> str:
     for name, found in suites.items():
         rows = []
         for what, e in found["scores"].items():
-            value, interval = Estimate(e["value"], *e["ci95"], e["rows"], e["unit"]).says()
+            value, interval = Estimate(e["value"], e["ci95"][0], e["ci95"][1], e["rows"], e["unit"]).says()
             rows.append(f"<tr><th>{html.escape(what)}</th><td><b>{value}</b></td><td>{interval}</td>"
                         f"<td>{e['rows']:,} rows</td></tr>")  # fmt: skip
         alarms = "".join(f"<p><b>Alarm</b>: {html.escape(text)}</p>" for text in found["alarms"])

@@ -57,7 +57,7 @@ def run(s: Subject) -> Result:
 
 # ---------------------------------------------------------------------------------------------------------- discourse
 def _discourse(s: Subject, name: str, documents: list[str], result: Result) -> None:
-    found = texts.passages(documents, s.tokenizer, s.longest)
+    found, cut = texts.passages(documents, s.tokenizer, s.longest)
     rng = random.Random(f"coherence {s.settings.seed}")
     made = []
     for i in spread(len(found), s.settings.rows):
@@ -87,6 +87,8 @@ def _discourse(s: Subject, name: str, documents: list[str], result: Result) -> N
             result.scores[f"{name}, against {what}: {kind}wins"] = wins
             margin = estimates.mean(margin_R, s.settings.seed, "nats")
             result.scores[f"{name}, against {what}: {kind}margin"] = margin
+    if cut:
+        result.notes.append(f"{name}: {texts.CUT}")
     several = len({passage.document for passage in found}) > 1
     where = "another document" if several else "another part of the only document"
     result.notes.append(f"{name}: margins are in nats a token; the foreign continuation is from {where}")
@@ -99,10 +101,9 @@ def _discourse(s: Subject, name: str, documents: list[str], result: Result) -> N
 def disturbed(found: list[texts.Passage], i: int, rng: random.Random) -> list[str]:
     """What the true continuation of passage i is compared with, in OTHERS' order; "" where there is none."""
     true = found[i]
-    shuffled = [piece for piece in true.sentences[:-1]] + [true.sentences[-1].rstrip()]
     return [
         texts.shuffle_words(true.continuation, rng),
-        texts.shuffle_sentences(shuffled, rng),
+        texts.shuffle_sentences(true.sentences, rng),
         foreign(found, true, rng),
     ]
 

@@ -72,13 +72,13 @@ def _whole(s: Subject, name: str, documents: list[str], result: Result) -> None:
 
 
 def _passages(s: Subject, name: str, documents: list[str], result: Result) -> None:
-    found = texts.passages(documents, s.tokenizer, s.longest)
+    found, cut = texts.passages(documents, s.tokenizer, s.longest)
     rng = random.Random(f"fluency {s.settings.seed}")
     kept = [found[i] for i in spread(len(found), s.settings.rows)]
     versions = []
     for p in kept:
-        whole = (p.context + p.continuation).strip()
-        mixed = texts.shuffle_sentences(texts.sentences(whole), rng)
+        whole = p.context + p.continuation
+        mixed = texts.shuffle_sentences([*p.pieces[: p.first], *p.sentences], rng)
         words = texts.shuffle_words(whole, rng)
         if mixed and words:
             versions.append((whole, mixed, words))
@@ -95,6 +95,8 @@ def _passages(s: Subject, name: str, documents: list[str], result: Result) -> No
         if k:
             more = estimates.ratio(bits[:, k] - bits[:, 0], size_R, seed, "bits")
             result.scores[f"{name}: passages {what}, costlier by"] = more
+    if cut:
+        result.notes.append(f"{name}: {texts.CUT}")
     _generated(s, name, kept, result)
 
 

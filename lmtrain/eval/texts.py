@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from lmtrain.data.tokenizer import Tokenizer
 _END = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+|\s*\n\s*")
 _WORD = re.compile(r"\w+|[^\w\s]")
 SHORT = 3  # a sentence of fewer words goes with the next one: a heading, a speaker's name
+CUT = "sentences are cut into pieces of a quarter of a row, since whole ones seldom fit the model's short rows"
+COVERED = 0.25  # of a text that should lie in passages of whole sentences
 LONGEST = 512  # tokens of a passage, at most, whatever the model could see
 
 
@@ -24,19 +26,29 @@ class Passage:
 
     Attributes:
       document, number: of the document, and of the passage within all.
-      context: the first sentences, their blanks included.
-      sentences: what follows, two or more; each with the blanks behind it.
+      pieces: the sentences, three or more; each with the blanks behind it.
+      first: how many of them are the context; two or more follow.
     """
 
     document: int
     number: int
-    context: str
-    sentences: tuple[str, ...]
+    pieces: tuple[str, ...]
+    first: int
+
+    @property
+    def context(self) -> str:
+        """The first sentences, their blanks included."""
+        return "".join(self.pieces[: self.first])
+
+    @property
+    def sentences(self) -> list[str]:
+        """Those that follow, the last without blanks at its end."""
+        return [*self.pieces[self.first : -1], self.pieces[-1].rstrip()]
 
     @property
     def continuation(self) -> str:
-        """The sentences that follow, without blanks at the end."""
-        return "".join(self.sentences).rstrip()
+        """The same as one text."""
+        return "".join(self.sentences)
 
 
 def sentences(text: str) -> list[str]:
@@ -52,17 +64,31 @@ def sentences(text: str) -> list[str]:
     return out
 
 
-def passages(documents: Iterable[str], tokenizer: Tokenizer, longest: int) -> list[Passage]:
+def passages(documents: Sequence[str], tokenizer: Tokenizer, longest: int) -> tuple[list[Passage], bool]:
     """Every document cut into passages of at most `longest` tokens, of which about half is context.
 
-    A passage has three sentences or more, two of them behind the context; where three do not fit, the cut moves on by a
-    sentence.
+    Where three sentences do not fit, the cut moves on by one. So a model of short rows might see little of the text:
+    where less than COVERED of it lies in passages, sentences are cut between words into pieces of a quarter of a row.
+
+    Returns:
+      the passages, and whether sentences were cut.
     """
-    found: list[Passage] = []
     room = min(longest, LONGEST)
-    for number, text in enumerate(documents):
-        pieces = sentences(text)
+    cut = [sentences(text) for text in documents]
+    found, covered = _passages(cut, tokenizer, room)
+    if covered >= COVERED:
+        return found, False
+    shorter = [[part for piece in pieces for part in _parts(piece, tokenizer, room // 4)] for pieces in cut]
+    return _passages(shorter, tokenizer, room)[0], True
+
+
+def _passages(documents: Sequence[Sequence[str]], tokenizer: Tokenizer, room: int) -> tuple[list[Passage], float]:
+    """(passages of documents' pieces, the share of all tokens that lies in them)."""
+    found: list[Passage] = []
+    covered = total = 0
+    for number, pieces in enumerate(documents):
         lengths = [len(ids) for ids in tokenizer.encode_batch(pieces)]
+        total += sum(lengths)
         start = 0
         while start < len(pieces):
             stop, used = start, 0
@@ -72,14 +98,28 @@ def passages(documents: Iterable[str], tokenizer: Tokenizer, longest: int) -> li
             if stop - start < 3:
                 start += 1
                 continue
-            middle = start + 1
-            while middle < stop - 2 and 2 * sum(lengths[start : middle + 1]) <= used:
-                middle += 1
-            made = Passage(number, len(found), "".join(pieces[start:middle]), tuple(pieces[middle:stop]))
+            first = 1
+            while first < stop - start - 2 and 2 * sum(lengths[start : start + first + 1]) <= used:
+                first += 1
+            made = Passage(number, len(found), tuple(pieces[start:stop]), first)
             if made.context.strip() and len(made.continuation.split()) > 1:
                 found.append(made)
+                covered += used
             start = stop
-    return found
+    return found, covered / max(total, 1)
+
+
+def _parts(sentence: str, tokenizer: Tokenizer, most: int) -> list[str]:
+    """A sentence cut behind words into parts of at most so many tokens, where words are no longer."""
+    out, size = [""], 0
+    for word in re.findall(r"\s*\S+\s*|\s+", sentence):
+        length = len(tokenizer.encode(word))
+        if size and size + length > most:
+            out.append("")
+            size = 0
+        out[-1] += word
+        size += length
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- disturbed

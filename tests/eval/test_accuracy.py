@@ -20,7 +20,7 @@ def write(path, rows):
 
 def exam(count, choices=3):
     return [
-        {"question": f"the cat sat on {i}", "choices": [f"mat {i}", "a big red boat é", "dog"][:choices], "answer": i % 2}
+        {"question": f"the cat sat on {i}", "choices": [f"mat {i}", "a big boat é", "dog"][:choices], "answer": i % 2}
         for i in range(count)
     ]  # fmt: skip
 

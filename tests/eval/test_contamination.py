@@ -50,7 +50,9 @@ def brute(row, texts, n):
     return bool(want) and any(pieces(t)[k : k + len(want)] == want for t in texts for k in range(len(pieces(t))))
 
 
-TEXT = st.lists(st.sampled_from(["a", "B", "b", "cat", "Dog", ",", "?", "+", "1", "\n", "été"]), max_size=14).map(" ".join)
+TEXT = st.lists(st.sampled_from(["a", "B", "b", "cat", "Dog", ",", "?", "+", "1", "\n", "été"]), max_size=14).map(
+    " ".join
+)
 
 
 @settings(max_examples=300, deadline=None)

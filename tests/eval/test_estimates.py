@@ -99,14 +99,28 @@ def test_what_cannot_be_disturbed_is_not():
 @pytest.mark.parametrize("longest", [40, 64, 128])
 def test_passages_fit_and_lie_in_the_documents_in_order(longest):
     docs = toys.documents(6, 30)
-    found = texts.passages(docs, toys.bpe(), longest)
-    assert len(found) > 6 and [p.number for p in found] == list(range(len(found)))
+    found, cut = texts.passages(docs, toys.bpe(), longest)
+    assert not cut and len(found) > 6 and [p.number for p in found] == list(range(len(found)))
     for p in found:
-        whole = p.context + "".join(p.sentences)
-        assert whole in docs[p.document] and len(p.sentences) >= 2 and p.context.strip()
+        whole = p.context + p.continuation
+        assert (
+            whole in docs[p.document]
+            and len(p.sentences) >= 2
+            and p.first + len(p.sentences) == len(p.pieces)
+            and p.context.strip()
+        )
         assert len(toys.bpe().encode(whole)) < longest
     share = np.mean([len(p.context) / len(p.context + p.continuation) for p in found])
     assert 0.25 < share < 0.65
+
+
+def test_sentences_that_do_not_fit_are_cut_between_words():
+    docs = toys.documents(6, 30)
+    found, cut = texts.passages(docs, toys.bpe(), 16)
+    assert cut and len(found) > 30
+    for p in found:
+        assert p.context + p.continuation in docs[p.document] and len(p.pieces) >= 3
+        assert all(piece.rstrip()[-1:] in (".", "") or piece[-1:].isspace() for piece in p.pieces)
 
 
 def test_repetition_and_distinct_by_hand():

@@ -141,9 +141,7 @@ def test_a_model_from_elsewhere_is_told_which_suites_need_a_record(here, capsys)
 
 def test_a_reward_model_is_refused(here, capsys):
     (here / "pairs.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"}) + "\n" for i in range(200)
-        )
+        "".join(json.dumps({"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"}) + "\n" for i in range(200))
     )
     c = config.experiment(tensorboard=False)
     c.stages.tokenizer = config.tokenizer("file", path="run/tokenizer")
@@ -163,10 +161,10 @@ def test_conversations_have_a_record_too(here):
     data = config.data("jsonl", path="talks.jsonl", row_length=64)
     c.stages.sft = config.stage(objective="sft", init_from="run", steps=2, batch_size=8, samples=0, data=data)
     run = lmtrain.run(c, here / "chat")
-    (here / "exam.jsonl").write_text(json.dumps({"question": "The answer to everything is", "answer": "no"}) + "\n"
-                                     + json.dumps({"question": "what follows 9999", "answer": "no"}) + "\n")  # fmt: skip
-    asked = Settings(tasks=("questions(path='exam.jsonl', max_tokens=8)",), rows=16)
-    found = evaluate("chat", "contamination,overfitting,fluency,accuracy", asked)
+    asked = ("The answer to everything is", "what follows 9999")
+    (here / "exam.jsonl").write_text("".join(json.dumps({"question": q, "answer": "no"}) + "\n" for q in asked))
+    settings = Settings(tasks=("questions(path='exam.jsonl', max_tokens=8)",), rows=16)
+    found = evaluate("chat", "contamination,overfitting,fluency,accuracy", settings)
     which = found["contamination"].details["questions"]["which"]
     assert [x["row"] for x in which] == [0] and which[0]["in"] == {"sft": "whole"}
     assert any("run/pretrain" in note and "sft" in note for note in found["contamination"].notes)

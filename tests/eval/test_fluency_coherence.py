@@ -100,12 +100,17 @@ def test_what_the_context_adds_is_told_from_what_is_likely_by_itself():
 
 def test_others_are_what_they_are_called():
     docs = toys.documents(12, 16)
-    found = texts.passages(docs, toys.bpe(), 96)
+    found, _ = texts.passages(docs, toys.bpe(), 96)
     rng = random.Random(0)
     for i in range(0, len(found), 3):
         words, mixed, foreign = coherence.disturbed(found, i, rng)
         true = found[i].continuation
-        assert sorted(words.split()) == sorted(true.split()) and words != true and len(mixed) == len(true) and mixed != true
+        assert (
+            sorted(words.split()) == sorted(true.split())
+            and words != true
+            and len(mixed) == len(true)
+            and mixed != true
+        )
         owner = [p for p in found if p.continuation == foreign]
         assert owner and all(p.document != found[i].document for p in owner)
         assert abs(len(foreign) - len(true)) < 0.5 * len(true)
@@ -156,7 +161,9 @@ def test_a_trained_model_orders_real_text_and_its_disturbed_copies(tmp_path):
     s = subject(run, Settings(rows=256))
     fluent, coherent = fluency.run(s).scores, coherence.run(s).scores
     log.say(json.dumps({k: v.json() for k, v in (fluent | coherent).items()}, indent=1))
-    bits = [fluent[f"held-out text: passages {k}"].value for k in ("as they are", "sentences shuffled", "words shuffled")]
+    bits = [
+        fluent[f"held-out text: passages {k}"].value for k in ("as they are", "sentences shuffled", "words shuffled")
+    ]
     assert bits == sorted(bits)
     assert all(fluent[f"held-out text: passages {k} shuffled, costlier by"].low > 0 for k in ("sentences", "words"))
     margins = [coherent[f"held-out text, against {what}: margin"] for what in coherence.OTHERS]

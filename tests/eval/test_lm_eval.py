@@ -40,7 +40,8 @@ output_type: generate_until
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: answer
 generation_kwargs: {until: ["\\n", "."], max_gen_toks: 12}
-metric_list: [{metric: exact_match, ignore_case: true, ignore_punctuation: true, regexes_to_ignore: ["^\\\\s+|\\\\s+$"]}]
+metric_list:
+  - {metric: exact_match, ignore_case: true, ignore_punctuation: true, regexes_to_ignore: ["^\\\\s+|\\\\s+$"]}
 """
 PAGES = """
 task: pages
@@ -57,7 +58,7 @@ PROMPT = "prompt='Question: {question}\\nAnswer:'"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder of task files and their rows, with choices of several lengths and scripts, and replies that are right."""
+    """A folder of task files and their rows, with choices of several lengths and scripts."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
