@@ -2,7 +2,7 @@
 #   make quickstart   trains a small language model on the documentation of Python itself
 #   make test         the fast tests;  make test-all  the slow ones too;  make lint  ruff and mypy
 #   make test-gpu    what only an NVIDIA GPU can show, where one is at hand and jax[cuda13] is installed
-#   make test-peers   what is compared with PyTorch and TRL, which get an environment of their own
+#   make test-peers   what is compared with PyTorch, TRL and lm-evaluation-harness, in an environment of their own
 PYTHON ?= python3
 VENV   ?= .venv
 PEERS  ?= .venv-peers
@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.test
 	LMTRAIN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q tests/test_gpu.py
 
 test-peers: $(PEERS)/.done
-	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py
+	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py tests/eval/test_lm_eval.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -54,8 +54,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 # PyTorch first and by itself, by plain pip: its build without a GPU's libraries, which others would drag in.
 $(PEERS)/.done: pyproject.toml constraints.txt
-	@echo "installing PyTorch and TRL into $(PEERS) (once)"
+	@echo "installing PyTorch, TRL and lm-evaluation-harness into $(PEERS) (once)"
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" trl==1.8.0 peft==0.21.2 requests
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lm-eval]" trl==1.8.0 peft==0.21.2 requests
 	@touch $@

@@ -105,6 +105,46 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0, help="another seed, other draws")
     chat.set_defaults(command=_chat, takes_overrides=False)
 
+    score = commands.add_parser(
+        "eval", formatter_class=raw, allow_abbrev=False, help="score a trained model: accuracy, fluency, coherence ...",
+        description=EVAL,
+    )  # fmt: skip
+    score.add_argument("dir", metavar="RUN", help="a run's folder (its last stage), or that of one of its stages")
+    score.add_argument("--suite", default="all", help="which, with commas between (default all)")
+    score.add_argument(
+        "--tasks", action="append", default=[], metavar="NAME", help="what accuracy asks, contamination looks for: a "
+        "task's name or \"multiple_choice(path='FILE.jsonl')\", several with commas between, or given again (default: "
+        "the run's own); with --suite harness, lm-evaluation-harness's names",
+    )  # fmt: skip
+    score.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help="held-out text of your own for fluency, coherence, "
+        "contamination; given again, texts are compared (default: what the run holds out)",
+    )  # fmt: skip
+    score.add_argument("--rows", type=int, default=256, help="of each task, text and test; 0: all (default 256)")
+    score.add_argument("--seed", type=int, default=0, help="another seed draws other rows, orders and resamples")
+    score.add_argument(
+        "--format", default="auto", help="chat: ask through the chat template; plain: by text alone; auto: chat for "
+        "stages that are trained on conversations (default auto)",
+    )  # fmt: skip
+    score.add_argument(
+        "--row-length", type=int, default=0, help="positions that the model sees at once (default: those it trained on)"
+    )
+    score.add_argument(
+        "--temperature", type=float, default=1.0, help="of the text that fluency looks at; tasks are answered by the "
+        "likeliest tokens (default 1)",
+    )  # fmt: skip
+    score.add_argument("--ngram", type=int, default=13, help="words in a row that contamination looks for (default 13)")
+    score.add_argument(
+        "--include_path", default="", metavar="FOLDER", help="harness: a folder of task files (YAML) of your own"
+    )
+    score.add_argument(
+        "--shots", type=int, default=-1, help="harness: solved rows shown before each (default: as the task says)"
+    )
+    score.add_argument(
+        "--json", default="", metavar="FILE", help="where the results go (default: eval.json in the run's folder)"
+    )
+    score.set_defaults(command=_eval, takes_overrides=False)
+
     look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
     look.add_argument("dir", help="a run's folder, or that of one of its stages")
     look.set_defaults(command=_inspect, takes_overrides=False)
@@ -202,6 +242,22 @@ reinforcement   {"messages": [..., a user's], and fields that the grader reads}
 The good lines are trained on with data.source=openai (supervised, preference) and the task openai (reinforcement)."""
 
 
+EVAL = """Scores a model. Every score stands with its 95 % interval (percentile bootstrap over rows) and its number of
+rows; docs/evaluation.md says what each means. Suites:
+
+  accuracy       tasks answered and scored; multiple choice by log-likelihood
+  fluency        bits per byte of held-out text, and how generated text repeats itself
+  coherence      the true continuation against shuffled and foreign ones; consistency in a chat
+  overfitting    loss on rows learned from against held-out rows, with an alarm
+  contamination  evaluation rows that stand in the training data
+  harness        lm-evaluation-harness's tasks (--tasks), where it is installed; not part of all
+
+  lmtrain eval runs/quickstart
+  lmtrain eval runs/quickstart/pretrain --suite fluency,coherence --text book.txt
+  lmtrain eval runs/mine --suite accuracy,contamination --tasks "multiple_choice(path='exam.jsonl')"
+  lmtrain eval runs/mine --suite harness --tasks exam --include_path my_tasks/"""
+
+
 def fields_help() -> str:
     """Every field with its default and meaning, read off schema.py."""
     lines = ["settings (--config.PATH=VALUE):"]
@@ -270,6 +326,19 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> None:
         run, args.system, tools, max_tokens=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
     print(f"lmtrain chat: {replies} replies from {run.folder / run.stage}, step {run.step}", file=sys.stderr)
+
+
+def _eval(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain import evaluate
+    from lmtrain.eval.subject import Settings
+    from lmtrain.tasks import spec
+
+    settings = Settings(
+        tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text), rows=args.rows,
+        seed=args.seed, format=args.format, row_length=args.row_length, temperature=args.temperature, ngram=args.ngram,
+        include_path=args.include_path, shots=args.shots,
+    )  # fmt: skip
+    evaluate.evaluate(args.dir, args.suite, settings, args.json)
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

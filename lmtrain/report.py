@@ -10,8 +10,11 @@ import pathlib
 from typing import Any
 
 from lmtrain import checkpoint, log, origins, runs
+from lmtrain.eval.estimates import Estimate
 from lmtrain.models import transformer
 from lmtrain.types import LmtrainError
+
+EVALUATION = "eval.json"  # what `lmtrain eval` keeps in a run's folder: stage -> suite -> scores
 
 
 def inspect(folder: str | os.PathLike[str]) -> str:
@@ -78,9 +81,11 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path | None:
     matplotlib.use("svg", force=False)
     root = pathlib.Path(folder)
     parts = [f"<h1>{html.escape(root.name)}</h1>"]
+    scored = origins.read_json(root / EVALUATION) if (root / EVALUATION).exists() else {}
     for here in origins.stages(root):
         entry = runs.read_summary(root).get(here.name, {})
-        parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry), _samples(here)]
+        parts += [f"<h2>{html.escape(here.name)}</h2>", curve(log.read_metrics(here)), _table(entry)]
+        parts += [_evaluation(scored.get(here.name, {})), _samples(here)]
         settings = html.escape((here / "config.json").read_text())
         parts.append(f"<details><summary>configuration</summary><pre>{settings}</pre></details>")
     file = root / "report.html"
@@ -142,6 +147,20 @@ def _table(entry: dict[str, Any]) -> str:
             rows.append((name, f"{value:,}"))
     cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{v}</td></tr>" for k, v in rows)
     return f"<table>{cells}</table>"
+
+
+def _evaluation(suites: dict[str, Any]) -> str:
+    """What `lmtrain eval` found, a table a suite."""
+    parts = []
+    for name, found in suites.items():
+        rows = []
+        for what, e in found["scores"].items():
+            value, interval = Estimate(e["value"], e["ci95"][0], e["ci95"][1], e["rows"], e["unit"]).says()
+            rows.append(f"<tr><th>{html.escape(what)}</th><td><b>{value}</b></td><td>{interval}</td>"
+                        f"<td>{e['rows']:,} rows</td></tr>")  # fmt: skip
+        alarms = "".join(f"<p><b>Alarm</b>: {html.escape(text)}</p>" for text in found["alarms"])
+        parts.append(f"<h3>{html.escape(name)}</h3>{alarms}<table>{''.join(rows)}</table>")
+    return "".join(parts)
 
 
 def _score(s: dict[str, Any]) -> str:

@@ -39,6 +39,8 @@ ANYTHING = {
     "preflight",
     "feeds",
     "scoring",
+    "evaluate",
+    "record",
     "runs",
     "origins",
     "publish",

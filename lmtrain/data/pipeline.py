@@ -123,6 +123,11 @@ class Pipeline:
         """How often the rows given out so far cover the corpus (a mixture's: that of all its members together)."""
         return self._next_index / self.rows
 
+    def pick(self, k: int) -> tuple[int, int]:
+        """(member, row) of the k-th row that is given out, over all processes."""
+        member, row = self._order[k]
+        return member, int(row)
+
     def report(self) -> dict[str, float]:
         """Numbers of the batch given last, for metrics.jsonl: none."""
         return {}

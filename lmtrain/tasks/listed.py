@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmtrain.data import records
 from lmtrain.schema import Data
-from lmtrain.tasks.generated import Row, check_split, held_out
+from lmtrain.tasks.generated import Message, Row, check_split, held_out, user
 from lmtrain.types import LmtrainError, nearest
 
 
@@ -49,6 +49,70 @@ class Listed(abc.ABC):
             }
         if not self._rows[split]:
             raise LmtrainError(f"task {self.name}: no row is on the side {split!r}; give it more.")
+        return self._rows[split]
+
+
+PLAIN = "Question: {question}\nAnswer:"
+
+
+class Given(abc.ABC):
+    """A task whose evaluation is a file: all its rows are held out, in the file's order, repeated ones too.
+
+    A subclass gives `name`, `max_tokens`, `read`, `score` and the rest of the contract.
+
+    Args:
+      path: the file, JSON Lines (.gz too).
+      train_path: another file, to train on; a problem of `path` is left out of it.
+      prompt: how a question is put, "{question}" in it; "": the question alone in a chat, else PLAIN.
+    """
+
+    name = ""
+    max_tokens = 32
+
+    def __init__(self, path: str, train_path: str, prompt: str) -> None:
+        if prompt and "{question}" not in prompt:
+            raise LmtrainError(f"prompt is {prompt!r}, but takes a text with {{question}} in it.")
+        self.path, self.train_path, self.prompt = path, train_path, prompt
+        self._rows: dict[str, list[Row]] = {}
+
+    @abc.abstractmethod
+    def read(self, row: Row, where: str) -> Row:
+        """The row that a line of the file makes. Raises LmtrainError with `where` in it for one that makes none."""
+
+    def asks(self, row: Row) -> str:
+        """What is asked."""
+        return row["question"]
+
+    def plain(self, row: Row) -> str:
+        """The text that a model which does not chat goes on from."""
+        return (self.prompt or PLAIN).replace("{question}", self.asks(row))
+
+    def messages(self, row: Row) -> list[Message]:
+        """What the user says in a chat."""
+        return user((self.prompt or "{question}").replace("{question}", self.asks(row)))
+
+    def problem(self, row: Row) -> str:
+        """What makes two rows the same problem."""
+        return " ".join(row["question"].split())
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """All of a split, read once; each row has the place it comes from in "where".
+
+        Raises:
+          LmtrainError: a file that is missing, empty or broken, a row that cannot be used.
+        """
+        check_split(split)
+        if split not in self._rows:
+            path = self.path if split == "heldout" else self.train_path
+            if not path and split == "train":
+                raise LmtrainError(f"task {self.name}: train_path is not set, and path is for evaluation alone.")
+            made = [{**self.read(row, where), "where": where} for where, row, _ in file_rows(self.name, path, "")]
+            if split == "train":
+                held = {self.problem(row) for row in self.rows("heldout")}
+                made = [row for row in made if self.problem(row) not in held]
+            if not made:
+                raise LmtrainError(f"task {self.name}: {path} has no row{' of its own' if split == 'train' else ''}.")
+            self._rows[split] = made
         return self._rows[split]
 
 

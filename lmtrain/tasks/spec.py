@@ -50,6 +50,22 @@ def parse(spec: str, what: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
+def several(text: str) -> list[str]:
+    """["a", "b(x=1, y=2)"] of "a, b(x=1, y=2)": cut at commas that stand in no bracket and no quotes."""
+    out, depth, quote = [""], 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        depth += 0 if quote else (c in "([{") - (c in ")]}")
+        if c == "," and not depth and not quote:
+            out.append("")
+        else:
+            out[-1] += c
+    return [name.strip() for name in out if name.strip()]
+
+
 def imported(name: str, spec: str, what: str) -> Any:
     """What "package.module:name" stands for.
 

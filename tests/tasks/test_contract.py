@@ -18,6 +18,7 @@ SMALL = [
     "addition", "addition(digits=2)", "addition(reversed=True)", "addition(digits=5, seed=3)", "spelling",
     "spelling(syllables=2)", "sorting", "sorting(least=2, most=4)", "calculator", "calculator(terms=2, digits=2)",
     "chatroom", "chatroom(sloppy=0.5)", "chatroom(turns=1)", "chatroom(turns=6, seed=1)", "several",
+    "consistency", "consistency(about='sorting')",
 ]  # fmt: skip
 LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')"]
 SPECS = SMALL + LISTED
@@ -229,7 +230,7 @@ def test_a_sloppy_demonstrator_is_wrong_as_often_as_asked_and_right_otherwise(na
     assert [final(sloppy, row) == final(right, row) for row in rows] == [score == 1 for score in scores]
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "chatroom" not in s and s != "several"])
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith(("chatroom", "several", "consistency"))])
 def test_another_rows_answer_scores_0(make, spec):
     task = make(spec)
     rows = task.rows("heldout")[:60]

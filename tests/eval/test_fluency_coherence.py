@@ -1,0 +1,173 @@
+"""What fluency and coherence measure, on a model that knows the language and on one that does not."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+import lmtrain
+from lmtrain import config, log, runs
+from lmtrain.eval import coherence, fluency, likelihood, texts
+from lmtrain.eval.estimates import Estimate
+from lmtrain.eval.likelihood import begin
+from lmtrain.eval.subject import Missing, Result, Settings
+from lmtrain.evaluate import subject
+from tests.eval import toys
+
+
+class Reader:
+    """A stand-in for Likelihood: a token costs a nat, less where the one before it in the text is its neighbour's."""
+
+    def __init__(self, follows):
+        self.follows = follows
+
+    def __call__(self, pairs, progress=None):
+        return [likelihood.Scored(np.array(self.costs(list(a), list(b))), False) for a, b in pairs]
+
+    def costs(self, context, continuation):
+        ids = [*context, *continuation]
+        return [-0.5 if ids[t] in self.follows.get(ids[t - 1], ()) else -1.0 for t in range(len(context), len(ids))]
+
+
+def test_bits_per_byte_are_those_that_training_reports(planted):
+    run = runs.load(planted[0])
+    result = fluency.run(subject(run, Settings(rows=8)))
+    got = result.scores["held-out rows of pretrain: bits per byte"]
+    assert got.rows == 8 and got.value == pytest.approx(run.metrics[-1]["heldout_bits_per_byte"], rel=1e-4)
+
+
+def test_a_text_of_the_users_own_costs_its_windows(tmp_path):
+    """Every token once, in rows of as many as the model sees, each row behind its one token before."""
+    text = toys.documents(1, 40)[0]
+    s = toys.subject(texts={"mine": [text]}, rows=0, longest=32)
+    got = fluency.run(s).scores["mine: bits per byte"]
+    ids = [*begin(s.tokenizer), *s.tokenizer.encode(text)]
+    nats = -sum(s.likelihood([([ids[k]], ids[k + 1 : k + 33])])[0].total for k in range(0, len(ids) - 1, 32))
+    assert got.value == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert got.rows == math.ceil((len(ids) - 1) / 32)
+
+
+def test_a_model_that_knows_which_word_follows_finds_shuffled_text_costlier(monkeypatch):
+    docs = toys.documents(30, 12)
+    s = toys.subject(texts={"mine": docs}, rows=40)
+    follows = {}
+    for d in docs:
+        ids = s.tokenizer.encode(d)
+        for a, b in zip(ids, ids[1:], strict=False):
+            follows.setdefault(a, set()).add(b)
+    s.__dict__["likelihood"] = Reader(follows)
+    scores = fluency.run(s).scores
+    assert scores["mine: passages words shuffled, costlier by"].low > 0
+    real, mixed, words = (
+        scores[f"mine: passages {k}"].value for k in ("as they are", "sentences shuffled", "words shuffled")
+    )
+    assert real < mixed < words
+
+
+def test_a_model_without_a_preference_finds_none():
+    s = toys.subject(texts={"mine": toys.documents(30, 12)}, rows=40)
+    s.__dict__["likelihood"] = Reader({})
+    scores = coherence.run(s).scores
+    for what in coherence.OTHERS:
+        assert scores[f"mine, against {what}: wins"].value == 0.5  # all tie
+        assert scores[f"mine, against {what}: margin"].value == 0
+
+
+def test_what_the_context_adds_is_told_from_what_is_likely_by_itself():
+    """Each document repeats a word of its own. A reader for whom a foreign text is likelier by itself, but which
+    expects the document's word again where it was read, loses by likelihood and wins by what the context adds."""
+    rng = random.Random(0)
+    docs = [" ".join(f"{x[:-1]} w{i}q." for x in toys.sentences(rng, 12)) for i in range(20)]
+    s = toys.subject(texts={"mine": docs}, rows=0)
+    tok = s.tokenizer
+
+    class Partial(Reader):
+        def costs(self, context, continuation):
+            text = tok.decode(continuation)
+            own = next(f"w{i}q" for i in range(20) if f"w{i}q" in text)
+            base = -1.0 - 0.05 * int(own[1:-1])  # documents with a higher number are costlier, whatever the context
+            return [base + (0.4 if own in tok.decode(context) else 0.0)] * len(continuation)
+
+    s.__dict__["likelihood"] = Partial({})
+    scores = coherence.run(s).scores
+    assert scores["mine, against foreign: pointwise wins"].value == 1
+    assert scores["mine, against foreign: pointwise margin"].value == pytest.approx(0.4)
+    assert scores["mine, against foreign: wins"].value < 0.95
+    assert scores["mine, against words shuffled: pointwise wins"].value == 0.5
+
+
+def test_others_are_what_they_are_called():
+    docs = toys.documents(12, 16)
+    found, _ = texts.passages(docs, toys.bpe(), 96)
+    rng = random.Random(0)
+    for i in range(0, len(found), 3):
+        words, mixed, foreign = coherence.disturbed(found, i, rng)
+        true = found[i].continuation
+        assert (
+            sorted(words.split()) == sorted(true.split())
+            and words != true
+            and len(mixed) == len(true)
+            and mixed != true
+        )
+        owner = [p for p in found if p.continuation == foreign]
+        assert owner and all(p.document != found[i].document for p in owner)
+        assert abs(len(foreign) - len(true)) < 0.5 * len(true)
+
+
+def test_a_text_of_one_document_is_compared_with_its_other_parts():
+    s = toys.subject(texts={"mine": toys.documents(1, 60)}, rows=0, longest=96)
+    result = coherence.run(s)
+    assert any("another part of the only document" in note for note in result.notes)
+    assert result.scores["mine, against foreign: wins"].rows > 5
+
+
+def test_a_text_without_sentences_is_named():
+    with pytest.raises(Missing, match="mine has no passage of three sentences"):
+        coherence.run(toys.subject(texts={"mine": ["one two three"]}))
+    with pytest.raises(Missing, match="give --text FILE"):
+        coherence.run(toys.subject())
+
+
+def test_two_texts_are_measured_side_by_side():
+    result = Result()
+    fluency.measure("plain", ["the cat sat on the mat"], 0, result)
+    fluency.measure("parrot", ["the cat the cat the cat"], 0, result)
+    value = lambda name: result.scores[name].value  # noqa: E731
+    assert value("parrot: repetition-2") == pytest.approx(0.6) and value("plain: repetition-2") == 0
+    assert value("parrot: distinct-1") == pytest.approx(2 / 6) and value("plain: words") == 6
+    assert all(isinstance(score, Estimate) for score in result.scores.values())
+
+
+def test_a_chat_model_is_asked_twice(monkeypatch):
+    """A model that says whatever it says by likelihood alone gives one answer; facts it was told it does not know."""
+    s = toys.subject(chat_format=True, rows=12, longest=256)
+    result = coherence.run(s)
+    again = result.scores["consistency: the same question twice, the same answer"]
+    recall = result.scores["consistency: a fact told first is known later"]
+    assert again.rows + recall.rows == 12 and recall.value == 0
+    kinds = {name for x in result.details["consistency"] for name in x["scores"]}
+    assert {"again", "recall"} <= kinds and len(result.details["consistency"][0]["messages"]) >= 2
+
+
+@pytest.mark.slow
+def test_a_trained_model_orders_real_text_and_its_disturbed_copies(tmp_path):
+    """Two minutes of pretraining on Python's documentation; then margins on what it holds out, away from 0."""
+    c = config.load("experiments/quickstart.py:steps=500")
+    for name in ("sft", "rl", "evaluation"):
+        del c.stages[name]
+    run = lmtrain.run(c, tmp_path / "run")
+    s = subject(run, Settings(rows=256))
+    fluent, coherent = fluency.run(s).scores, coherence.run(s).scores
+    log.say(json.dumps({k: v.json() for k, v in (fluent | coherent).items()}, indent=1))
+    bits = [
+        fluent[f"held-out text: passages {k}"].value for k in ("as they are", "sentences shuffled", "words shuffled")
+    ]
+    assert bits == sorted(bits)
+    assert all(fluent[f"held-out text: passages {k} shuffled, costlier by"].low > 0 for k in ("sentences", "words"))
+    margins = [coherent[f"held-out text, against {what}: margin"] for what in coherence.OTHERS]
+    assert all(m.low > 0 for m in margins[:2]) and margins[0].value > margins[1].value
+    assert all(coherent[f"held-out text, against {what}: wins"].low > 0.5 for what in coherence.OTHERS[:2])
+    assert coherent["held-out text, against foreign: pointwise wins"].low > 0.5
+    assert coherent["held-out text, against foreign: pointwise margin"].low > 0
