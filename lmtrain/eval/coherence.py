@@ -109,14 +109,15 @@ def disturbed(found: list[texts.Passage], i: int, rng: random.Random) -> list[st
 
 
 def foreign(found: list[texts.Passage], true: texts.Passage, rng: random.Random) -> str:
-    """The continuation of a passage elsewhere: of those looked at, the nearest in length. "" where there is none."""
+    """How a passage elsewhere goes on, for as many sentences as come nearest in length. "" where there is none."""
     elsewhere = [p for p in found if p.document != true.document]
     if not elsewhere:
         elsewhere = [p for p in found if abs(p.number - true.number) > 1]
     looked = rng.sample(elsewhere, min(LOOKED_AT, len(elsewhere)))
-    texts_there = [p.continuation for p in looked if p.continuation != true.continuation]
+    there = ["".join(p.sentences[:k]).rstrip() for p in looked for k in range(1, len(p.sentences) + 1)]
     size = len(true.continuation.encode())
-    return min(texts_there, key=lambda text: abs(len(text.encode()) - size), default="")
+    others = (text for text in there if text != true.continuation)
+    return min(others, key=lambda text: abs(len(text.encode()) - size), default="")
 
 
 # -------------------------------------------------------------------------------------------------------- consistency

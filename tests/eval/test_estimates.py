@@ -41,6 +41,12 @@ def test_a_ratio_weighs_rows_as_they_are_long():
     assert e.value == pytest.approx(11 / 12) and e.rows == 2 and e.low <= e.value <= e.high
 
 
+def test_two_samples_are_drawn_apart_even_where_they_are_alike():
+    values, ones = np.random.default_rng(0).normal(size=50), np.ones(50)
+    e = estimates.difference((values, ones), (values, ones), 0)
+    assert e.value == 0 and e.low < -0.1 and e.high > 0.1 and e.rows == 100
+
+
 def test_rows_that_all_say_the_same_are_not_certain():
     assert estimates.share([1.0] * 20, 0).low < 0.9 and estimates.share([0.0] * 20, 0).high > 0.1
 

@@ -135,8 +135,9 @@ def test_a_model_from_elsewhere_is_told_which_suites_need_a_record(here, capsys)
     assert set(found) == {"fluency", "coherence"} and not (here / "eval.json").exists()
     for suite in ("accuracy", "overfitting", "contamination"):
         assert f"{suite}: left out." in said
-    with pytest.raises(LmtrainError, match="own record"):
-        evaluate(elsewhere, "overfitting", Settings())
+    for suite in ("overfitting", "coherence,overfitting", "all,overfitting"):
+        with pytest.raises(LmtrainError, match="own record"):
+            evaluate(elsewhere, suite, Settings(rows=4, text=("text.txt",), row_length=128))
 
 
 def test_a_reward_model_is_refused(here, capsys):

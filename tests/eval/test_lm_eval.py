@@ -17,6 +17,7 @@ from lmtrain.data import tokenizer  # noqa: E402
 from lmtrain.eval import accuracy, harness  # noqa: E402
 from lmtrain.eval.likelihood import begin, encode_pair  # noqa: E402
 from lmtrain.evaluate import subject  # noqa: E402
+from lmtrain.tasks import questions  # noqa: E402
 from lmtrain.types import LmtrainError  # noqa: E402
 from tests.eval import toys  # noqa: E402
 
@@ -39,7 +40,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: answer
-generation_kwargs: {until: ["\\n", "."], max_gen_toks: 12}
+generation_kwargs: {until: ["STOP"], max_gen_toks: 12}
 metric_list:
   - {metric: exact_match, ignore_case: true, ignore_punctuation: true, regexes_to_ignore: ["^\\\\s+|\\\\s+$"]}
 """
@@ -101,15 +102,23 @@ def test_multiple_choice_has_the_same_scores_to_the_row(place, chat):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_replies_have_the_same_scores_to_the_row(place, chat):
-    own = f"questions(path={str(place / 'quiz.jsonl')!r}, {PROMPT}, stop=('\\n', '.'), max_tokens=12)"
-    theirs, mine = both(place, chat, "quiz", own)
-    assert [a["resps"][0] for a in theirs] == [b["reply"] for b in mine]
-    assert not any(a["exact_match"] for a in theirs)
-    right = [b["reply"].upper() if i % 2 and b["reply"].strip(" .,!?") else "nothing" for i, b in enumerate(mine)]
-    quiz(place, right)
-    theirs, mine = both(place, chat, "quiz", own)
-    assert [a["exact_match"] for a in theirs] == [b["score"] for b in mine]
-    assert 0 < sum(b["score"] for b in mine) < len(mine)
+    """Free to their twelfth token; then up to a letter of the first; then to answers of which some are right."""
+    own = f"questions(path={str(place / 'quiz.jsonl')!r}, {PROMPT}, stop=('STOP',), max_tokens=12)"
+
+    def replies(stop):
+        (place / "quiz.yaml").write_text(QUIZ.replace("FOLDER", str(place)).replace("STOP", stop))
+        theirs, mine = both(place, chat, "quiz", own.replace("STOP", stop))
+        assert [a["resps"][0] for a in theirs] == [b["reply"] for b in mine]
+        return theirs, [b["reply"] for b in mine], [b["score"] for b in mine]
+
+    theirs, free, _ = replies("never said")
+    letter = max("abcdefghijklmnopqrstuvwxyz", key=lambda c: sum(text.find(c) > 3 for text in free))
+    theirs, said, scores = replies(letter)
+    assert said == [text.split(letter)[0] for text in free] != free
+    assert not any(a["exact_match"] for a in theirs) and not any(scores)
+    quiz(place, [r.upper() if i < 20 and questions.normalised(r) else "nothing" for i, r in enumerate(said)])
+    theirs, _, scores = replies(letter)
+    assert [a["exact_match"] for a in theirs] == scores and 0 < sum(scores) < len(scores)
 
 
 @settings(max_examples=200, deadline=None)

@@ -39,8 +39,8 @@ def model(**fields):
 
 @functools.cache
 def params(cfg):
-    rng = np.random.default_rng(0)  # no compile
-    draw = lambda s: jnp.asarray(rng.normal(0.5 * (len(s.shape) < 3), 0.2, s.shape), jnp.float32)  # noqa: E731
+    rng = np.random.default_rng(0)  # no compile; large enough that replies differ from prompt to prompt
+    draw = lambda s: jnp.asarray(rng.normal(0.5 * (len(s.shape) < 3), 0.5, s.shape), jnp.float32)  # noqa: E731
     return jax.tree.map(draw, transformer.shapes(cfg))
 
 
