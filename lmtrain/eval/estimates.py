@@ -80,8 +80,10 @@ def of_whole(statistic: Callable[[np.ndarray], float], rows: int, seed: int, uni
     """
     value = statistic(np.arange(rows))
     drawn_n = _resampled(lambda i_nR: np.array([statistic(i_R) for i_R in i_nR]), rows, seed)
-    low, high = np.quantile(drawn_n, [0.025, 0.975]) - drawn_n.mean()
-    return Estimate(float(value), float(value + low), float(value + high), rows, unit)
+    low, high = np.quantile(drawn_n, [0.025, 0.975]) - drawn_n.mean() + value
+    if unit == "share":  # which the shift may have left
+        low, high = np.clip([low, high], 0, 1)
+    return Estimate(float(value), float(low), float(high), rows, unit)
 
 
 def _ratios(top_R: Any, bottom_R: Any, seed: int) -> tuple[np.ndarray, float, int]:
