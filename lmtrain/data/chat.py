@@ -101,16 +101,21 @@ class Template:
 
     def tokenise(self, conversations: Sequence[Iterable[Span]]) -> list[Encoded]:
         """The ids and weights of conversations' spans, all texts encoded in one call of the tokenizer."""
-        conversations = [list(spans) for spans in conversations]
-        texts = [span.text for spans in conversations for span in spans if not span.special]
-        encoded = iter(self.tokenizer.encode_batch(texts))
+        talks = [list(spans) for spans in conversations]
+        texts = [span.text for spans in talks for span in spans if not span.special]
+        inside = [self._inside(spans, k) for spans in talks for k, span in enumerate(spans) if not span.special]
+        encoded = iter(self.tokenizer.encode_batch(texts, inside=inside))
         out = []
-        for spans in conversations:
+        for spans in talks:
             ids = [self._special[span.text] if span.special else next(encoded) for span in spans]
             learn = np.array([span.learn for span in spans], np.float32)
             weights = np.repeat(learn, [len(part) for part in ids])
             out.append((np.concatenate([np.empty(0, np.int32), *ids]), weights))
         return out
+
+    def _inside(self, spans: Sequence[Span], k: int) -> bool:
+        """Whether span k goes on with a text before it, as the tokenizer sees it, so that it gets no blank."""
+        return k > 0 and (not spans[k - 1].special or self.tokenizer.blank == "first")
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The ids that a model is asked to go on from; they end behind the assistant's header."""

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from lmtrain.data import sources, store
+from lmtrain.data.cuts import as_bytes
 from lmtrain.data.sources import Document
 from lmtrain.data.split import DECISIVE, Split, digest, distinct, field, members, plan
 from lmtrain.data.store import Shards
-from lmtrain.data.tokenizer import Tokenizer, as_bytes
+from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import LmtrainError
 

@@ -18,8 +18,8 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 
+from lmtrain.data.cuts import as_bytes
 from lmtrain.data.sources import Document
-from lmtrain.data.tokenizer import as_bytes
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import nearest
 

@@ -14,11 +14,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from lmtrain.data import cuts
+from lmtrain.data.cuts import as_bytes
 from lmtrain.schema import ConfigError
 from lmtrain.types import LmtrainError, nearest
 
@@ -44,13 +47,6 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-#: A long document is encoded in pieces of about so many characters, in parallel. A piece begins with a line that is not
-#: blank, its indentation included: there SPLIT always ends a word, so the ids are those of the whole. (A line longer
-#: than two pieces is cut anywhere.)
-PIECE = 1 << 14
-# Characters that one call encodes: what `tokenizers` returns takes some forty times the room of its text.
-_CALL = 1 << 20
-
 #: Files beside a tokenizer.json that say how its model chats, and stops.
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 # What other vocabularies call the token that ends a document.
@@ -71,6 +67,14 @@ class Tokenizer:
         self._special_ids = {t["content"]: t["id"] for t in self._spec["added_tokens"] if t["special"]}
         #: special tokens that swallow the blanks beside them: name -> (before it, after it)
         self.strips = {t["content"]: (t["lstrip"], t["rstrip"]) for t in self._spec["added_tokens"] if t["special"]}
+        #: "", or when a blank is put before a text (Llama 2's and other SentencePiece's): "each" text between special
+        #: tokens, or the "first" of a conversation
+        self.blank, inner = _blank(self._spec)
+        self._inner = tokenizers.Tokenizer.from_str(json.dumps(inner)) if self.blank else backend
+        self._inner.encode_special_tokens = True
+        words = (self._spec["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
+        own = words[0].get("pattern") == {"Regex": SPLIT}
+        self._piece = cuts.PIECE if own else cuts.FOREIGN_PIECE
         self._pieces = _piece_bytes(self._spec, self.vocab_size, set(self._special_ids.values()))
         single = {piece: i for i, piece in reversed(list(enumerate(self._pieces))) if len(piece) == 1}
         missing = [b for b in range(256) if bytes([b]) not in single]
@@ -81,7 +85,7 @@ class Tokenizer:
             )
         self._byte_ids = np.array([single[bytes([b])] for b in range(256)], np.int32)
         self._only_bytes = self.vocab_size == 256 + len(self._special_ids)
-        #: int32[V]: bytes that each token stands for; 0 for special tokens
+        #: int32[V]: bytes that each token stands for; 0 for special tokens. A blank put before a text is among them.
         self.byte_lengths = np.array([len(piece) for piece in self._pieces], np.int32)
 
     @functools.cached_property
@@ -147,10 +151,14 @@ class Tokenizer:
         """Ids of a text. Never a special one; bytes that are not UTF-8 (and lone surrogates) become one token each."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str | bytes], done: Callable[[int], None] | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str | bytes], done: Callable[[int], None] | None = None, inside: Sequence[bool] = ()
+    ) -> list[np.ndarray]:
         """Ids of every text, int32[n] each, encoded by as many threads as `tokenizers` takes (RAYON_NUM_THREADS).
 
-        `done`, if given, is called now and then with the number of bytes encoded since.
+        Args:
+          done: called now and then with the number of bytes encoded since.
+          inside: for each text, whether it goes on with one before, so that no blank is put before it; (): none does.
         """
         if self._only_bytes:
             ids = [self._byte_ids[np.frombuffer(as_bytes(text), np.uint8)] for text in texts]
@@ -158,13 +166,24 @@ class Tokenizer:
                 done(sum(map(len, ids)))
             return ids
         out: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
-        parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text))
-        for call in _calls(parts):
-            valid = [part for _, part in call if isinstance(part, str)]
-            encoded = iter(self.backend.encode_batch_fast(valid, add_special_tokens=False))
+        parts = ((i, part) for i, text in enumerate(texts) for part in cuts.parts(text, self._piece))
+        begun = {i for i, flag in enumerate(inside) if flag}  # texts of which something stands before
+        for call in cuts.calls(parts):
+            kinds: dict[bool, list[str]] = {False: [], True: []}
+            order = []  # of each part that is valid: whether something stands before it
             for i, part in call:
                 if isinstance(part, str):
-                    out[i].append(np.array(next(encoded).ids, np.int32))
+                    order.append(i in begun)
+                    kinds[i in begun].append(part)
+                begun.add(i)
+            encoded = {
+                inner: iter((self._inner if inner else self.backend).encode_batch_fast(found, add_special_tokens=False))
+                for inner, found in kinds.items()
+            }
+            which = iter(order)
+            for i, part in call:
+                if isinstance(part, str):
+                    out[i].append(np.array(next(encoded[next(which)]).ids, np.int32))
                 else:
                     out[i].append(self._byte_ids[np.frombuffer(part, np.uint8)])
             if done:
@@ -225,7 +244,7 @@ def train(texts: Iterable[str | bytes], vocab_size: int, limit: int = 0) -> Toke
             data = as_bytes(text)
             data = data[: limit - seen] if limit else data
             seen += len(data)
-            yield from _cut(data.decode("utf-8", errors="ignore"))
+            yield from cuts.cut(data.decode("utf-8", errors="ignore"))
             if limit and seen >= limit:
                 return
 
@@ -267,7 +286,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         raise LmtrainError(f"tokenizer: {file} is not a tokenizer.json: {error}") from None
     loaded = Tokenizer(backend, source=str(file))
     probe = "Ab 12\n    def f(x):  # \u00e9\u4e2d\U0001f600\r\n\tend  <|endoftext|>"
-    if loaded.decode(loaded.encode(probe)) != probe:
+    if loaded.decode(loaded.encode(probe)) != (" " if loaded.blank else "") + probe:
         raise LmtrainError(f"tokenizer: {file} does not give a text back as it was; a byte-level BPE does")
     return loaded
 
@@ -318,45 +337,27 @@ def _piece_bytes(spec: dict, vocab_size: int, specials: set[int]) -> list[bytes]
     return pieces
 
 
-def as_bytes(text: str | bytes) -> bytes:
-    """The bytes of a text: UTF-8; a lone surrogate, which UTF-8 cannot say, becomes its three bytes of no UTF-8."""
-    return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
+def _blank(spec: dict) -> tuple[str, dict]:
+    """When a tokenizer puts a blank before a text, as Tokenizer.blank says, and the same tokenizer that never does."""
+    found, never = set(), json.loads(json.dumps(spec))
 
+    def look(node: Any) -> Any:
+        if isinstance(node, list):
+            return [kept for item in node if (kept := look(item)) is not None]
+        if not isinstance(node, dict):
+            return node
+        kind = node.get("type")
+        if kind == "Prepend":
+            found.add("each")
+            return None
+        if kind == "Metaspace" and node.get("prepend_scheme", "always") != "never":
+            found.add("first" if node.get("prepend_scheme") == "first" else "each")
+            return {**node, "prepend_scheme": "never"}
+        if kind == "ByteLevel" and node.get("add_prefix_space"):
+            found.add("each")
+            return {**node, "add_prefix_space": False}
+        return {key: look(value) for key, value in node.items()}
 
-def _parts(text: str | bytes) -> Iterator[str | bytes]:
-    """A text as pieces of valid UTF-8 (str), and the bytes between them that are not (bytes)."""
-    escaped = as_bytes(text).decode("utf-8", errors="surrogateescape")
-    for i, run in enumerate(_NOT_UTF8.split(escaped)):
-        if i % 2:
-            yield run.encode("utf-8", errors="surrogateescape")
-        else:
-            yield from _cut(run)
-
-
-def _calls(parts: Iterable[tuple[int, str | bytes]]) -> Iterator[list[tuple[int, str | bytes]]]:
-    """Parts in lists of about _CALL characters."""
-    call: list[tuple[int, str | bytes]] = []
-    size = 0
-    for part in parts:
-        call.append(part)
-        size += len(part[1])
-        if size >= _CALL:
-            yield call
-            call, size = [], 0
-    if call:
-        yield call
-
-
-def _cut(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > PIECE:
-        found = _LINE_START.search(text, start + PIECE // 2, start + 2 * PIECE)
-        stop = found.start() if found else start + PIECE
-        yield text[start:stop]
-        start = stop
-    if start < len(text):
-        yield text[start:]
-
-
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
-_LINE_START = re.compile(r"(?<=\n)(?=[^\S\r\n]*\S)")
+    for part in ("normalizer", "pre_tokenizer"):
+        never[part] = look(never[part])
+    return ("first" if found == {"first"} else "each" if found else ""), never

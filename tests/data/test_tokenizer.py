@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmtrain.data import tokenizer
+from lmtrain.data import cuts, tokenizer
 from lmtrain.schema import ConfigError
 from lmtrain.types import LmtrainError
 
@@ -77,14 +77,14 @@ PARTS = ["\n", " ", "  ", "a", "the ", "x\n", "!\n", "\r\n", "12", "\t", "'s", "
 @given(st.lists(st.sampled_from(PARTS), max_size=60))
 def test_cutting_where_a_line_starts_gives_the_ids_of_the_whole(parts):
     text = "".join(parts)
-    pieces = tokenizer._LINE_START.split(text)
+    pieces = cuts._LINE_START.split(text)
     assert [i for piece in pieces for i in BPE.encode(piece)] == BPE.encode(text)
 
 
 @pytest.mark.parametrize("line", ["def f(x):\n    return 1\n", "    indented throughout  \n\n  \n", "!\n\n   x\r\n"])
 def test_a_long_text_is_encoded_in_pieces_as_the_whole(line):
-    text = line * (3 * tokenizer.PIECE // len(line))
-    assert len(list(tokenizer._cut(text))) > 2
+    text = line * (3 * cuts.PIECE // len(line))
+    assert len(list(cuts.cut(text))) > 2
     assert BPE.encode(text) == BPE.backend.encode(text, add_special_tokens=False).ids
 
 
@@ -182,3 +182,61 @@ def test_wrong_sizes_and_names_are_refused():
 def test_noise_is_encoded_in_linear_time():
     noise = np.random.default_rng(0).integers(0, 256, 1 << 17, dtype=np.uint8).tobytes()
     assert BPE.decode_bytes(BPE.encode(noise)) == noise
+
+
+# ----------------------------------------------------------------------------------------------- SentencePiece's kinds
+def sentencepiece(kind):
+    """As Llama 2's ("each": the older ones, a normaliser), Mistral's newer ("first") and Gemma's ("") are written."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
+    for c in "\u2581abcdefghijklmnopqrstuvwxyz.[]/INST\n":
+        vocab.setdefault(c, len(vocab))
+    merges = []
+    for a, b in [("t", "h"), ("th", "e"), ("\u2581", "the"), ("\u2581", "a"), ("\u2581", "\u2581"), ("i", "n")]:
+        merges.append((a, b))
+        vocab.setdefault(a + b, len(vocab))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    undo = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "each":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    elif kind == "first":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Sequence(undo + ([decoders.Strip(" ", 1, 0)] if kind else []))
+    backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in ("<s>", "</s>")])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["each", "first", ""])
+def test_a_blank_is_put_where_sentencepiece_puts_it(kind, tmp_path):
+    """Ids of texts, and of a conversation with special tokens in it, are those of the whole text encoded at once."""
+    from lmtrain.data import chat
+
+    sentencepiece(kind).save(str(tmp_path / "tokenizer.json"))
+    tok = tokenizer.load(tmp_path)
+    reference = sentencepiece(kind)
+    assert tok.blank == kind
+    for text in ("the end", "  the\n  a thing \u00e9\U0001f600", "", "in\n\nthe"):
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+        blank = kind == "each" or kind == "first" and not text.startswith(" ")  # where one stands, Metaspace adds none
+        assert tok.decode(tok.encode(text)) == (" " if blank and text else "") + text
+    assert tok.encode_batch(["the end"], inside=[True])[0].tolist() == sentencepiece("").encode("the end").ids
+    template = (
+        "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "the a"}, {"role": "assistant", "content": "in the"},
+                {"role": "user", "content": "a"}, {"role": "assistant", "content": "the end"}]  # fmt: skip
+    whole = "<s>[INST] the a [/INST] in the</s>[INST] a [/INST] the end</s>"
+    ids, weights = chat.Template(tok, template).encode(messages)
+    assert ids.tolist() == reference.encode(whole, add_special_tokens=False).ids
+    assert tok.decode(ids[weights > 0]) == " in the the end"
+
+
+def test_a_long_text_of_another_tokenizer_is_not_cut_where_its_words_may_go_on(tmp_path):
+    sentencepiece("").save(str(tmp_path / "tokenizer.json"))
+    text = "the a\n   the in\n" * 3000
+    assert tokenizer.load(tmp_path).encode(text) == sentencepiece("").encode(text).ids
