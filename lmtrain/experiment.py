@@ -39,6 +39,7 @@ from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
+from lmtrain.interop import huggingface
 from lmtrain.models import quantise, transformer
 from lmtrain.types import LmtrainError, Params
 
@@ -285,7 +286,9 @@ def rounded(chosen: set[tuple[str, ...]], initial: Callable[[], Params], kind: s
 def rest_name(start: origins.Origin, before: str) -> str:
     """How config.json names what a stage's frozen part comes from: a stage of this run by its name, which stays true
     when the run is moved."""
-    return before if before and pathlib.Path(start.where).name == before else start.where
+    if before and pathlib.Path(start.where).name == before:
+        return before
+    return start.where if start.where.startswith(huggingface.PREFIX) else str(pathlib.Path(start.where).absolute())
 
 
 def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:

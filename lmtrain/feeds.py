@@ -296,10 +296,12 @@ def reference(s: Stage) -> Frozen | None:
 
 
 def beginning(s: Stage) -> Frozen:
-    """What the stage starts from, to be read: without the scalar head, where only the stage's own model has one."""
+    """What the stage starts from, to be read: without the scalar head and adapters that only the stage's own model
+    has."""
     assert s.initial is not None
     params = s.initial()
-    model = dataclasses.replace(s.forward.cfg, scalar_head="scalar" in params)
+    adapters = s.start.model.lora if s.start is not None else s.forward.cfg.lora
+    model = dataclasses.replace(s.forward.cfg, scalar_head="scalar" in params, lora=adapters)
     return Frozen(params, Forward(model, s.mesh))
 
 

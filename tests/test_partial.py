@@ -184,6 +184,34 @@ def test_an_update_of_adapters_takes_less_memory_than_one_of_everything():
     assert need[8] < 0.6 * need[0]
 
 
+@pytest.mark.parametrize(
+    "objective", ["dpo", "ppo", *(pytest.param(o, marks=pytest.mark.slow) for o in ("sft", "reward", "kto", "grpo"))]
+)
+def test_every_stage_of_post_training_takes_adapters_from_its_first_step(base, tmp_path, objective):
+    """Right on a base that has none: references and values come from a model without them."""
+    pairs = [{"prompt": f"a{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    c = config.experiment()
+    how = dict(steps=2, batch_size=8, samples=0, eval_every=0, init_from=str(base), objective=objective,
+               optim=config.optim("adamw", lr=0.01), **LORA)  # fmt: skip
+    if objective in ("grpo", "ppo"):
+        how |= dict(rollout=config.rollout("spelling", group=4, max_tokens=8, rewards=("no_repetition(n=1)",)), data=config.data(
+            row_length=64, heldout_rows=8))  # fmt: skip
+    elif objective == "sft":
+        how |= dict(data=config.data("task", path="spelling", limit=100, row_length=64))
+    else:
+        how |= dict(data=config.data("jsonl", path=str(tmp_path / "pairs.jsonl"), row_length=128))
+    c.stages.tune = config.stage(**how)
+    done = experiment.run(c, tmp_path / "a")
+    before, after = flat(runs.load(base).params), flat(runs.load(tmp_path / "a").params)
+    for path, x in before.items():
+        np.testing.assert_array_equal(after[path], x)
+    new = {name: x for path, name, x in partial.named(done.params) if path not in before}
+    moved = {name.split("/")[-1] for name, x in new.items() if name.endswith("/b") and np.abs(x).max() > 0}
+    moved |= {name.split("/")[0] for name, x in new.items() if name.startswith("scalar") and np.abs(x).max() > 0}
+    assert moved == ({"b", "scalar"} if objective in ("reward", "ppo") else {"b"})
+
+
 # -------------------------------------------------------------------------------------------------------- new tokens
 def test_new_tokens_start_as_the_mean_of_all_others_and_are_trained(base, tmp_path):
     """Tokens added to a run's tokenizer: one row each, the old ids and rows as they were; then SFT with them."""
