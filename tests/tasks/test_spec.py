@@ -14,7 +14,7 @@ from lmtrain.types import LmtrainError
     [
         ("a, b", ["a", "b"]),
         ("a(x=1, y=(2, 3)), b", ["a(x=1, y=(2, 3))", "b"]),
-        ("a(p='x, (y'), b(q=\"it's, so\")", ["a(p='x, (y')", "b(q=\"it's, so\")"]),
+        ("a(p='x, (y'), b(q=\"it's, so\")", ["a(p='x, (y')", 'b(q="it\'s, so")']),
         (" , a,", ["a"]),
         ("", []),
     ],
