@@ -60,7 +60,7 @@ SETTINGS = [
     ([S + "model.heads=3"], ["heads", "3"]),
     ([S + "model.kv_heads=3", S + "model.heads=4"], ["kv_heads", "3", "4"]),
     ([S + "model.activation=swigloo"], ["activation", "swigloo", "swiglu"]),
-    ([S + "model.norm=layernorm"], ["norm", "layernorm", "rmsnorm"]),
+    ([S + "model.norm=batchnorm"], ["norm", "layernorm", "rmsnorm"]),
     ([S + "model.pattern=GW"], ["window"]),
     ([S + "model.pattern=GX", S + "model.window=4"], ["pattern", "X"]),
     ([S + "model.rope_scaling.kind=yarrn"], ["rope_scaling", "yarrn", "yarn"]),

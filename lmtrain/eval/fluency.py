@@ -129,7 +129,7 @@ def measure(name: str, some: list[str], seed: int, result: Result) -> None:
     result.scores[f"{name}: words"] = estimates.mean([len(w) for w in found], seed, "words")
     for n in range(1, 5):
         values = [texts.repetition(w, n) for w in found]
-        result.scores[f"{name}: repetition-{n}"] = estimates.mean(values, seed, "share")
+        result.scores[f"{name}: repetition-{n}"] = estimates.share(values, seed)
     for n in range(1, 5):
         result.scores[f"{name}: distinct-{n}"] = estimates.of_whole(texts.Distinct(found, n), len(found), seed, "share")
 

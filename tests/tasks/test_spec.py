@@ -9,15 +9,32 @@ from lmtrain.tasks import rewards, spec
 from lmtrain.types import LmtrainError
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a, b", ["a", "b"]),
+        ("a(x=1, y=(2, 3)), b", ["a(x=1, y=(2, 3))", "b"]),
+        ("a(p='x, (y'), b(q=\"it's, so\")", ["a(p='x, (y')", 'b(q="it\'s, so")']),
+        (" , a,", ["a"]),
+        ("", []),
+    ],
+)
+def test_several_are_cut_at_commas_outside_brackets_and_quotes(text, names):
+    assert spec.several(text) == names
+
+
 def test_names_lists_the_files():
     assert tasks.names() == [
         "addition",
         "calculator",
         "chatroom",
         "code",
+        "consistency",
         "gsm8k",
+        "multiple_choice",
         "openai",
         "pydocs",
+        "questions",
         "several",
         "sorting",
         "spelling",
