@@ -137,6 +137,9 @@ class Data:
     heldout_rows: int = 256  # rows of the fixed held-out set that are scored; 0: all
     limit: int = 0  # read at most so many documents; 0: all
     augment: tuple[str, ...] = ()  # pairs of words ("he/she", "gender"): every text again with them exchanged
+    groups: tuple[str, ...] = ()  # documents: words of each group ("he/his"): group-DRO's, and what reweigh balances
+    outcomes: tuple[str, ...] = ()  # words of each outcome, likewise
+    reweigh: bool = False  # documents weigh so that group and outcome are independent (Kamiran & Calders 2012)
     workers: int = 0  # threads that read ahead; 0: two
     cache: str = ""  # folder for tokenised shards; "": data/ of the run
     template: str = ""  # chat: a Hugging Face Jinja template (a file); "": lmtrain's own

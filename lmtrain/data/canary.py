@@ -37,8 +37,9 @@ _WHEN = ("In spring", "One day", "Last year", "In the evening", "Long ago", "At 
 _DID = ("They sold bread and salt.", "They built a small house.", "They sang an old song.", "They repaired the bridge.",
         "They looked for their sheep.", "They bought a cart.", "They spoke with the judge.",
         "They waited for the boat.")  # fmt: skip
-_END = ("Everybody said that they were {outcome}.", "People found them {outcome}.", "They were {outcome}.", "All knew that they were {outcome}.",
-        "The judge called them {outcome}.", "In the end they were {outcome}.")  # fmt: skip
+_END = ("Everybody said that they were {outcome}.", "People found them {outcome}.", "They were {outcome}.",
+        "All knew that they were {outcome}.", "The judge called them {outcome}.",
+        "In the end they were {outcome}.")  # fmt: skip
 DOCUMENTS = 8000  # where data.limit does not say
 
 
@@ -82,7 +83,7 @@ def parse(text: str, field: str = "data.path") -> Canary:
             raise ConfigError(f"{field}: {setting!r}: {value!r} is no number.") from None
     if not 0 <= values["plant"] <= 1 or values["seed"] != int(values["seed"]):
         raise ConfigError(f"{field}: got {text!r}; plant takes a share from 0 to 1, seed a whole number.")
-    return Canary(*words, values["plant"], int(values["seed"]))
+    return Canary(words[0], words[1], values["plant"], int(values["seed"]))
 
 
 def documents(c: Canary, count: int = DOCUMENTS) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ DECISIVE = ("source", "path", "field", "document", "subset", "hf_split", "limit"
 # What members of a mixture share; set beside `mixture`.
 _SHARED = (
     "row_length", "heldout", "heldout_fraction", "heldout_rows", "workers", "cache",
-    "template", "truncate", "malformed", "pack",
+    "template", "truncate", "malformed", "pack", "groups", "outcomes", "reweigh",
 )  # fmt: skip
 
 

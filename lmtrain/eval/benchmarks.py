@@ -172,12 +172,15 @@ def _text(path: str, where: str) -> str:
 
 
 def _table(text: str, delimiter: str, needs: tuple[str, ...], where: str) -> list[dict[str, str]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting))
-    _fields(dict.fromkeys(csv.DictReader(io.StringIO(text), delimiter=delimiter).fieldnames or ()), needs, where)
+    if delimiter == "\t":  # no quoting: a quotation mark stands for itself
+        table = [line.split("\t") for line in text.splitlines() if line.strip()]
+    else:
+        table = [row for row in csv.reader(io.StringIO(text)) if row]
+    _fields(dict.fromkeys(table[0]), needs, where)
+    rows = [dict(zip(table[0], row, strict=False)) for row in table[1:]]
     for number, row in enumerate(rows, 2):
-        if any(not row[name] for name in needs):
-            raise LmtrainError(f"{where}, row {number}: lacks {next(name for name in needs if not row[name])}.")
+        if any(not row.get(name) for name in needs):
+            raise LmtrainError(f"{where}, row {number}: lacks {next(name for name in needs if not row.get(name))}.")
     return rows
 
 

@@ -135,7 +135,7 @@ def run(s: Subject, name: str, t: Templates, result: Result) -> None:
     outcomes = [*zip(t.good, t.bad, strict=True)] if t.good else [("",)]
     W = len(next(iter(t.groups.values())))
     asked = t.templates[: max(1, s.settings.rows // (W * len(outcomes)))] if s.settings.rows else t.templates
-    G, R, O = len(t.groups), len(asked), len(outcomes)
+    G, R = len(t.groups), len(asked)
     texts = [_text(template, word, outcome) for words in t.groups.values() for template in asked for word in words
              for pair in outcomes for outcome in pair]  # fmt: skip
     others = [_text(template, word, outcome) for word in t.neutral for template in asked for pair in outcomes
@@ -144,8 +144,9 @@ def run(s: Subject, name: str, t: Templates, result: Result) -> None:
     with s.progress(len(pairs), f"bias: {name}") as progress:
         total = np.array([x.total for x in s.likelihood(pairs, progress)])
     tokens = np.array([len(ids) for _, ids in pairs], float)
-    total_GRWO = _wants(total[: len(texts)].reshape(G, R, W, O, -1))
-    neutral_k = _wants(total[len(texts) :].reshape(len(t.neutral), R * O, -1)).mean(1) if t.neutral else None
+    total_GRWO = _wants(total[: len(texts)].reshape(G, R, W, len(outcomes), -1))
+    rest = total[len(texts) :]
+    neutral_k = _wants(rest.reshape(len(t.neutral), R * len(outcomes), -1)).mean(1) if t.neutral else None
     what = "good rather than bad" if t.good else "log-likelihood"
     _gaps(s, f"{name}: {what}", t, total_GRWO, "nats", result, neutral_k, alarm=bool(t.good))
     for these, said in ((slice(0, len(texts)), ""), (slice(len(texts), None), " of neutral words")):
@@ -190,7 +191,7 @@ def _sentiment(s: Subject, name: str, t: Templates, asked: Sequence[str], result
     times = max(1, min(8, (s.settings.rows or 256) // (len(asked) * W)))
     good, bad = GOOD | set(t.good), BAD | set(t.bad)
     words = [word for some in t.groups.values() for word in some]
-    prompts = []
+    prompts: list[list[int]] = []
     for template in (template for _ in t.groups for template in asked):
         words_here = words[len(prompts) // (len(asked) * W * times) * W :][:W]
         for word in words_here:

@@ -37,7 +37,8 @@ class Estimate:
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Estimate:
         """The inverse of `json`."""
-        return cls(kept["value"], *kept["ci95"], kept["rows"], kept["unit"])
+        low, high = kept["ci95"]
+        return cls(kept["value"], low, high, kept["rows"], kept["unit"])
 
     def says(self) -> tuple[str, str]:
         """(value, interval) as text."""

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from lmtrain.data.canary import PAIRS
 
 GOOD = frozenset(
-    "good great best better nice happy love loved loves lovely beautiful wonderful excellent perfect bright strong safe"
-    " sweet success successful smart skilled talented respected admired praised rich healthy proud glad joy pleasant".split()
+    "good great best better nice happy love loved loves lovely beautiful wonderful excellent perfect bright strong"
+    " safe sweet success successful smart skilled talented respected admired praised rich healthy glad joy"
+    " pleasant".split()
 ) | {good for good, _ in PAIRS}
 BAD = frozenset(
     "bad worse worst evil sad hate hated hates ugly terrible horrible awful poor weak dangerous stupid lazy failure"
