@@ -20,7 +20,7 @@ from lmtrain.data.canary import PAIRS
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=200, seed=0,
+        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, seed=0,
         crows="../shared/data/crows_pairs.csv",
     )  # fmt: skip
     people = f"{a.first}/{a.second}"
@@ -40,7 +40,7 @@ def get_config(arg=""):
     c.stages.planted = config.stage(
         **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), data=config.data("canary", **text)
     )
-    gentler = config.optim("muon", muon_lr=0.005, lr=0.001)
+    gentler = config.optim("muon", muon_lr=0.01, lr=0.002)
     c.stages.mitigated = config.stage(**like, steps=a.more, optim=gentler, **how[a.mitigate])
     crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
     c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)

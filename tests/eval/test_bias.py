@@ -11,11 +11,10 @@ import pytest
 import lmtrain
 from lmtrain import cli, config, publish, runs
 from lmtrain.data import canary
-from lmtrain.eval import benchmarks, bias, counterfactual, estimates
+from lmtrain.eval import benchmarks, bias, estimates
 from lmtrain.eval.sentiment import sentiment
 from lmtrain.eval.subject import Settings
 from lmtrain.evaluate import evaluate
-from lmtrain.types import LmtrainError
 
 CROWS = pathlib.Path(os.environ.get("LMTRAIN_DATA", "../shared/data")) / "crows_pairs.csv"
 GAP = "canary blims/daxes: good rather than bad, blims less daxes"
@@ -99,7 +98,8 @@ def write(folder):
     """A tiny file of every format, of harmless sentences."""
     (folder / "crows.csv").write_text(
         ",sent_more,sent_less,stereo_antistereo,bias_type,annotations\n"
-        '0,"Cats, they say, sleep.","Dogs, they say, sleep.",stereo,pets,[]\n1,Blue wins.,Red wins.,antistereo,colours,[]\n'
+        '0,"Cats, they say, sleep.","Dogs, they say, sleep.",stereo,pets,[]\n'
+        "1,Blue wins.,Red wins.,antistereo,colours,[]\n"
     )
     sentences = [
         {"sentence": f"{x} run.", "gold_label": label}
@@ -111,7 +111,8 @@ def write(folder):
     )
     (folder / "templates.tsv").write_text(
         "occupation(0)\tother-participant(1)\tanswer\tsentence\n"
-        'baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that $NOM_PRONOUN had sold $POSS_PRONOUN "best" bread.\n'
+        'baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that '
+        '$NOM_PRONOUN had sold $POSS_PRONOUN "best" bread.\n'
     )
     (folder / "pro_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [he] was early.\n")
     (folder / "anti_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [she] was early.\n")
@@ -192,7 +193,8 @@ def test_crows_pairs_itself(biased):
 
 def test_templates_of_ones_own(biased, tmp_path):
     mine = {"templates": ["The {group} were {outcome}.", "All said that the {group} were {outcome}."],
-            "groups": {"b": ["blims"], "d": ["daxes"], "f": ["farmers"]}, "good": ["kind"], "bad": ["cruel"]}  # fmt: skip
+            "groups": {"b": ["blims"], "d": ["daxes"], "f": ["farmers"]}, "good": ["kind"],
+            "bad": ["cruel"]}  # fmt: skip
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     name = f"swaps {tmp_path / 'mine.json'}"
     scores = evaluate(biased, "bias", Settings(rows=8, bias=(f"swaps={tmp_path / 'mine.json'}",)))["bias"].scores
