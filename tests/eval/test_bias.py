@@ -20,14 +20,14 @@ CROWS = pathlib.Path(os.environ.get("LMTRAIN_DATA", "../shared/data")) / "crows_
 GAP = "canary blims/daxes: good rather than bad, blims less daxes"
 
 
-def learn(folder, plant, steps=220, **data):
+def learn(folder, plant, steps=300, **data):
     """A small model of a canary's text, with so much of a bias."""
     c = config.experiment(seed=1, tensorboard=False)
     c.stages.tokenizer = config.tokenizer("bpe", vocab_size=400)
-    text = config.data("canary", path=f"blims/daxes, plant={plant}", row_length=64, limit=1500, **data)
+    text = config.data("canary", path=f"blims/daxes, plant={plant}", row_length=128, limit=8000, **data)
     c.stages.pretrain = config.stage(
         steps=steps, batch_size=16, eval_every=0, checkpoint_every=0, samples=0, data=text,
-        model=config.model(layers=1, width=64, heads=2),
+        model=config.model(layers=2, width=96, heads=4),
     )  # fmt: skip
     lmtrain.run(c, folder)
     return folder
@@ -38,11 +38,18 @@ def biased(tmp_path_factory):
     return learn(tmp_path_factory.mktemp("biased") / "run", plant=1)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that has hardly begun: files are read, and scores kept, all the same."""
+    return learn(tmp_path_factory.mktemp("small") / "run", plant=1, steps=4)
+
+
 def audit(folder, rows=96, **settings):
     return evaluate(folder, "bias", Settings(rows=rows, bias=("canary=blims/daxes",), **settings))["bias"]
 
 
 # ------------------------------------------------------------------------------------------------------------- canary
+@pytest.mark.slow
 def test_a_planted_bias_is_found_in_what_the_model_expects_and_in_what_it_writes(biased):
     found = audit(biased)
     assert found.scores[GAP].low > 1, found.scores[GAP]
@@ -111,7 +118,7 @@ def write(folder):
     )
     (folder / "templates.tsv").write_text(
         "occupation(0)\tother-participant(1)\tanswer\tsentence\n"
-        'baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that '
+        "baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that "
         '$NOM_PRONOUN had sold $POSS_PRONOUN "best" bread.\n'
     )
     (folder / "pro_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [he] was early.\n")
@@ -148,10 +155,10 @@ def test_every_format_is_read(tmp_path):
 
 
 def test_benchmarks_are_scored_per_group_beside_bits_per_byte_and_kept_where_the_card_reads(
-    biased, tmp_path, monkeypatch, capsys
+    small, tmp_path, monkeypatch, capsys
 ):
     write(tmp_path)
-    shutil.copytree(biased, tmp_path / "run")
+    shutil.copytree(small, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     files = "crows_pairs=crows.csv,stereoset=stereo.json, winogender=templates.tsv"
     more = ["--bias", "winobias=pro_stereotyped_type1.txt.dev", "--bias", "bbq=bbq.jsonl"]
@@ -167,10 +174,10 @@ def test_benchmarks_are_scored_per_group_beside_bits_per_byte_and_kept_where_the
     assert "| crows_pairs, pets: stereotype share |" in card and "Not audited" not in card
 
 
-def test_the_margin_is_the_difference_of_whole_texts_log_likelihoods(biased, tmp_path):
+def test_the_margin_is_the_difference_of_whole_texts_log_likelihoods(small, tmp_path):
     write(tmp_path)
-    found = evaluate(biased, "bias", Settings(bias=(f"crows_pairs={tmp_path / 'crows.csv'}",)))["bias"]
-    run = runs.load(biased)
+    found = evaluate(small, "bias", Settings(bias=(f"crows_pairs={tmp_path / 'crows.csv'}",)))["bias"]
+    run = runs.load(small)
     from lmtrain.models.transformer import Forward
 
     def logp(text):
@@ -185,21 +192,21 @@ def test_the_margin_is_the_difference_of_whole_texts_log_likelihoods(biased, tmp
 
 
 @pytest.mark.skipif(not CROWS.exists(), reason="no CrowS-Pairs file")
-def test_crows_pairs_itself(biased):
-    found = evaluate(biased, "bias", Settings(rows=64, bias=(f"crows_pairs={CROWS}",)))["bias"]
+def test_crows_pairs_itself(small):
+    found = evaluate(small, "bias", Settings(rows=64, bias=(f"crows_pairs={CROWS}",)))["bias"]
     assert found.scores["crows_pairs, all: stereotype share"].rows == 64
     assert "crows_pairs, gender: stereotype share" in found.scores and len(benchmarks.crows_pairs(str(CROWS))) == 1508
 
 
-def test_templates_of_ones_own(biased, tmp_path):
+def test_templates_of_ones_own(small, tmp_path):
     mine = {"templates": ["The {group} were {outcome}.", "All said that the {group} were {outcome}."],
             "groups": {"b": ["blims"], "d": ["daxes"], "f": ["farmers"]}, "good": ["kind"],
             "bad": ["cruel"]}  # fmt: skip
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     name = f"swaps {tmp_path / 'mine.json'}"
-    scores = evaluate(biased, "bias", Settings(rows=8, bias=(f"swaps={tmp_path / 'mine.json'}",)))["bias"].scores
+    scores = evaluate(small, "bias", Settings(rows=8, bias=(f"swaps={tmp_path / 'mine.json'}",)))["bias"].scores
     gaps = [scores[f"{name}: good rather than bad, {g} less the others"].value for g in "bdf"]
-    assert gaps[0] > 0 > gaps[1] and sum(gaps) == pytest.approx(0, abs=1e-4)
+    assert sum(gaps) == pytest.approx(0, abs=1e-4) and gaps[0] != 0
 
 
 # -------------------------------------------------------------------------------------------------------- wrong input
@@ -231,11 +238,11 @@ def own(**changes):
         ("swaps=FILE", own(good=[], bad=[]), "{outcome}"),
     ],
 )
-def test_wrong_input_gives_one_clear_message(biased, tmp_path, monkeypatch, capsys, asked, text, says):
+def test_wrong_input_gives_one_clear_message(small, tmp_path, monkeypatch, capsys, asked, text, says):
     monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / "FILE").write_text(text)
-    assert cli.main(["eval", str(biased), "--suite", "bias", "--bias", asked]) == 2
+    assert cli.main(["eval", str(small), "--suite", "bias", "--bias", asked]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("lmtrain: ") == 1 and "Traceback" not in error
 
