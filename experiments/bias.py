@@ -40,8 +40,7 @@ def get_config(arg=""):
     c.stages.planted = config.stage(
         **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), data=config.data("canary", **text)
     )
-    gentler = config.optim("muon", muon_lr=0.01, lr=0.002)
-    c.stages.mitigated = config.stage(**like, steps=a.more, optim=gentler, **how[a.mitigate])
+    c.stages.mitigated = config.stage(**like, steps=a.more, **how[a.mitigate])
     crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
     c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)
     return c
