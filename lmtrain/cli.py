@@ -141,6 +141,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--shots", type=int, default=-1, help="harness: solved rows shown before each (default: as the task says)"
     )
     score.add_argument(
+        "--bias", action="append", default=[], metavar="WHAT", help="bias: swaps, swaps=FILE, canary=blims/daxes, "
+        "crows_pairs=FILE, stereoset=FILE, winogender=FILE, winobias=FILE, bbq=FILE; several with commas between, or "
+        "given again (default swaps)",
+    )  # fmt: skip
+    score.add_argument("--reward", default="", metavar="RUN", help="bias: a reward model whose scores are compared too")
+    score.add_argument(
         "--json", default="", metavar="FILE", help="where the results go (default: eval.json in the run's folder)"
     )
     score.set_defaults(command=_eval, takes_overrides=False)
@@ -250,6 +256,7 @@ rows; docs/evaluation.md says what each means. Suites:
   coherence      the true continuation against shuffled and foreign ones; consistency in a chat
   overfitting    loss on rows learned from against held-out rows, with an alarm
   contamination  evaluation rows that stand in the training data
+  bias           how differently groups are treated (--bias); not part of all
   harness        lm-evaluation-harness's tasks (--tasks), where it is installed; not part of all
 
   lmtrain eval runs/quickstart
@@ -336,7 +343,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
     settings = Settings(
         tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text), rows=args.rows,
         seed=args.seed, format=args.format, row_length=args.row_length, temperature=args.temperature, ngram=args.ngram,
-        include_path=args.include_path, shots=args.shots,
+        include_path=args.include_path, shots=args.shots, bias=tuple(args.bias), reward=args.reward,
     )  # fmt: skip
     evaluate.evaluate(args.dir, args.suite, settings, args.json)
 

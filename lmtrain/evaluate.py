@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from lmtrain import compilation, log, origins, record, report, runs
 from lmtrain.data import sources
-from lmtrain.eval import suites
+from lmtrain.eval import bias, suites
 from lmtrain.eval.estimates import RESAMPLES
 from lmtrain.eval.subject import FORMATS, Missing, Result, Settings, Subject
+from lmtrain.rollout import rewards
 from lmtrain.schema import Data
 from lmtrain.types import LmtrainError, nearest
 
@@ -42,6 +45,8 @@ def evaluate(
     if json and not pathlib.Path(json).absolute().parent.is_dir():
         raise LmtrainError(f"--json {json}: there is no folder {pathlib.Path(json).parent}.")
     texts = {name: read_text(name) for name in settings.text}
+    if "bias" in wanted:
+        bias.parse(settings.bias)
     compilation.use_cache()
     opened = run if isinstance(run, runs.Run) else runs.load(run)
     s = subject(opened, settings, texts)
@@ -95,8 +100,26 @@ def subject(run: runs.Run, settings: Settings, texts: dict[str, list[str]] | Non
     return Subject(
         name=name, model=run.model, tokenizer=run.tokenizer, params=jax.device_put(run.params),
         template=lambda: run.template, chat=settings.format == "chat" or (settings.format == "auto" and chats),
-        longest=length, settings=settings, record=kept, texts=texts or {},
+        longest=length, settings=settings, record=kept, texts=texts or {}, reward=reward_model(run, settings.reward),
     )  # fmt: skip
+
+
+def reward_model(run: runs.Run, name: str) -> Callable[[Sequence[Sequence[int]]], list[float]] | None:
+    """What gives conversations the scores of --reward, or None where that is "".
+
+    Raises:
+      LmtrainError: no reward model, or one of another tokenizer.
+    """
+    if not name:
+        return None
+    found = origins.find(name, run.folder)
+    if not found.model.scalar_head:
+        raise LmtrainError(
+            f"--reward {name}: has no scalar head, so it scores nothing. Give a stage of objective reward."
+        )
+    if found.fingerprint != run.tokenizer.fingerprint:
+        raise LmtrainError(f"--reward {name}: trained with another tokenizer, so its tokens mean other text.")
+    return functools.partial(rewards.raw_scores, found.frozen(), run.tokenizer.pad)
 
 
 def read_text(path: str) -> list[str]:
@@ -119,7 +142,7 @@ def keep(
     """Writes the results: for every stage the newest of each suite. Nothing is written into the folder of a model from
     elsewhere."""
     here = {
-        name: {"step": run.step, "settings": _plain(settings), "resamples": RESAMPLES, "row_length": s.longest,
+        name: {"step": run.step, "settings": plain(settings), "resamples": RESAMPLES, "row_length": s.longest,
                "chat": s.chat, **result.json()}
         for name, result in found.items()
     }  # fmt: skip
@@ -139,7 +162,15 @@ def keep(
     log.say(f"lmtrain eval: {', '.join(found)} of {s.name}, step {run.step}; {RESAMPLES:,} resamples; {where}")
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def kept(folder: pathlib.Path, stage: str) -> dict[str, Any]:
+    """What eval.json of a run's folder holds of a stage: {suite: its step, settings, scores ...}."""
+    file = folder / report.EVALUATION
+    found: dict[str, Any] = origins.read_json(file).get(stage, {}) if file.exists() else {}
+    return found
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Settings as they stand in eval.json."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()}
 
 

@@ -39,7 +39,7 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
         try:
             if isinstance(stage, schema.Evaluation):
                 scoring.stages_of(e, stage, name)
-                rewards.get_tasks(stage.tasks)
+                scoring.check(stage, f"stages.{name}")
             elif isinstance(stage, schema.Tokenizer):
                 if stage.data is not None:
                     check_source(stage.data)

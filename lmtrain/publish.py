@@ -6,9 +6,10 @@ import json
 import pathlib
 from typing import Any
 
-from lmtrain import log, origins, runs
+from lmtrain import evaluate, log, origins, runs
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
+from lmtrain.eval.estimates import Estimate
 from lmtrain.interop import export as export_lib
 from lmtrain.interop import huggingface, peft
 from lmtrain.models import lora, transformer
@@ -227,11 +228,16 @@ def _scores(run: runs.Run) -> list[str]:
 
 def _bias(run: runs.Run) -> list[str]:
     """The audit that `lmtrain eval --suite bias` left in the run; a sentence where there is none."""
-    file = run.folder / run.stage / "eval.json"
-    audit = origins.read_json(file).get("bias") if run.stage and file.exists() else None
+    audit = evaluate.kept(run.folder, run.stage).get("bias") if run.stage else None
     if not audit:
         return ["## Bias", "", "Not audited. `lmtrain eval RUN --suite bias` does it.", ""]
-    return ["## Bias", "", "```json", json.dumps(audit, indent=1), "```", ""]
+    lines = ["## Bias", "", "| measured | value | 95 % interval | rows |", "| --- | --- | --- | --- |"]
+    for name, score in audit["scores"].items():
+        value, interval = Estimate.of(score).says()
+        lines.append(f"| {name} | {value} | {interval} | {score['rows']:,} |")
+    alarms = [f"Alarm: {text}." for text in audit["alarms"]] or ["No alarm."]
+    return [*lines, "", f"By `lmtrain eval --suite bias`, step {audit['step']:,}. docs/bias.md says what it means.", "",
+            *alarms, ""]  # fmt: skip
 
 
 def _settings(run: runs.Run) -> list[str]:

@@ -121,7 +121,9 @@ class Data:
     """Where documents (or conversations, or pairs of them) come from and how they become rows."""
 
     # For chat also "task": a task's own demonstrations (path: its name), and "openai": fine-tuning files of OpenAI's.
-    source: str = "stdlib"  # stdlib | text | jsonl | json | parquet | arrayrecord | hf | "package.module:function"
+    source: str = (
+        "stdlib"  # stdlib | text | jsonl | json | parquet | arrayrecord | hf | canary | "package.module:function"
+    )
     path: str = ""  # file, folder or glob (source hf: a name or a folder). stdlib: "docs", "source" or "" for both
     field: str = "text"  # of a row, where the source has rows
     document: str = "auto"  # text: file | paragraph (blank lines between) | line; auto: file
@@ -134,6 +136,10 @@ class Data:
     heldout_fraction: float = 0.05
     heldout_rows: int = 256  # rows of the fixed held-out set that are scored; 0: all
     limit: int = 0  # read at most so many documents; 0: all
+    augment: tuple[str, ...] = ()  # pairs of words ("he/she", "gender"): every text again with them exchanged
+    groups: tuple[str, ...] = ()  # documents: words of each group ("he/his"): group-DRO's, and what reweigh balances
+    outcomes: tuple[str, ...] = ()  # words of each outcome, likewise
+    reweigh: bool = False  # documents weigh so that group and outcome are independent (Kamiran & Calders 2012)
     workers: int = 0  # threads that read ahead; 0: two
     cache: str = ""  # folder for tokenised shards; "": data/ of the run
     template: str = ""  # chat: a Hugging Face Jinja template (a file); "": lmtrain's own
@@ -252,6 +258,8 @@ class Evaluation:
     samples: int = 16  # replies to each row: pass@1 is their mean, pass@k that one of k is right
     temperature: float = 1.0
     max_tokens: int = 0  # of one reply; 0: the task's own limit
+    suites: tuple[str, ...] = ()  # of `lmtrain eval`, run on every stage, their scores side by side
+    bias: tuple[str, ...] = ()  # what the suite bias measures with ("canary=blims/daxes"); (): "swaps"
     stages: tuple[str, ...] = ()  # which stages; (): all that train
     slots: int = 128
 

@@ -10,12 +10,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, log, origins, runs, schema
+from lmtrain import checkpoint, evaluate, log, origins, runs, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine import Engine
+from lmtrain.eval import bias
+from lmtrain.eval import suites as suites_lib
 from lmtrain.eval import tasks as scores_lib
+from lmtrain.eval.estimates import Estimate
+from lmtrain.eval.subject import Settings
 from lmtrain.models import transformer
 from lmtrain.rollout import episodes, rewards
 from lmtrain.types import LmtrainError
@@ -46,6 +50,10 @@ def run(
 ) -> None:
     """Scores what has not been scored yet, writes summary.json, prints the table. Goes on where it was stopped."""
     here = folder / name
+    if cfg.suites:
+        log.say(side_by_side(_suites(e, name, cfg, folder)))
+    if not cfg.tasks:
+        return
     made = rewards.get_tasks(cfg.tasks)
     settings = dataclasses.asdict(cfg) | {"seed": e.seed}
     known = origins.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
@@ -64,6 +72,49 @@ def run(
     if jax.process_index() == 0:
         _summarise(folder, results)
         log.say(table(results))
+
+
+def check(cfg: schema.Evaluation, where: str) -> None:
+    """Refuses unknown tasks, suites or measurements of bias, and an evaluation of nothing. Raises LmtrainError."""
+    if cfg.tasks or not cfg.suites:
+        rewards.get_tasks(cfg.tasks)
+    for suite in cfg.suites:
+        suites_lib.names(suite)
+    if cfg.bias and "bias" not in cfg.suites:
+        raise schema.ConfigError(f"{where}.bias goes with suites=('bias',); suites is {cfg.suites!r}.")
+    bias.parse(cfg.bias)
+
+
+def _suites(e: schema.Experiment, name: str, cfg: schema.Evaluation, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{stage: {score: as it stands in eval.json}}. What stands there of the same step and settings is not run again."""
+    settings = Settings(bias=cfg.bias, rows=cfg.rows, seed=e.seed, temperature=cfg.temperature)
+    out: dict[str, dict[str, Any]] = {}
+    for stage in stages_of(e, cfg, name):
+        step = checkpoint.newest_sound(folder / stage / "checkpoints")
+        for suite in suites_lib.names(",".join(cfg.suites)):
+            known = evaluate.kept(folder, stage).get(suite, {})
+            if (known.get("step"), known.get("settings")) != (step, evaluate.plain(settings)):
+                evaluate.evaluate(folder / stage, suite, settings)
+                known = evaluate.kept(folder, stage)[suite]
+            out.setdefault(stage, {}).update(known["scores"])
+    return out
+
+
+def side_by_side(found: dict[str, dict[str, Any]]) -> str:
+    """A line for each score, a column for each stage: the value with its interval, and how much the last one differs
+    from the first where the scores are costs (bits per byte, perplexity)."""
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    width = max(map(len, names)) + 2
+    shown = {stage: {n: "  ".join(Estimate.of(v).says()) for n, v in scores.items()} for stage, scores in found.items()}
+    wide = {stage: max(map(len, [stage, *texts.values()])) + 3 for stage, texts in shown.items()}
+    lines = [f"{'with 95 % intervals':<{width}}" + "".join(f"{stage:<{wide[stage]}}" for stage in shown)]
+    first, last = next(iter(found.values())), list(found.values())[-1]
+    for name in names:
+        line = f"{name:<{width}}" + "".join(f"{texts.get(name, ''):<{wide[stage]}}" for stage, texts in shown.items())
+        if ("per byte" in name or "perplexity" in name) and len(found) > 1 and name in first and name in last:
+            line += f"{last[name]['value'] / first[name]['value'] - 1:+.1%}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _score(

@@ -85,6 +85,10 @@ def check_settings(kind: str, data: Data) -> None:
     ):
         if got not in takes:
             raise ConfigError(f"{name}: got {got!r}, takes {', '.join(takes)}.{nearest(str(got), takes)}")
+    if data.groups or data.outcomes or data.reweigh:
+        raise ConfigError(
+            "data.groups, data.outcomes and data.reweigh are for documents; conversations take data.augment"
+        )
     for name, member in members(data).items():
         rows_lib.check_columns(member.columns, field(name))
         if member.columns and member.source == "openai":

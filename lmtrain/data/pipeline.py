@@ -16,7 +16,7 @@ import grain
 import jax
 import numpy as np
 
-from lmtrain.data import pack, shards
+from lmtrain.data import groups, pack, shards
 from lmtrain.data.store import Shards, Stream
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.schema import ConfigError, Data
@@ -201,6 +201,13 @@ class Documents:
         self.end, self.pad = tokenizer.end, tokenizer.pad
         self.rows = [pack.count(len(stream), data.row_length) for stream in self.streams]
         self.tokens = sum(map(len, self.streams))
+        self._labels: list[groups.Labels] = []
+        self._weights: np.ndarray | None = None
+        if data.groups or data.outcomes or data.reweigh:
+            cells = groups.Cells(data)
+            self._labels = [groups.Labels.of(stream, tokenizer, cells) for stream in self.streams]
+            if data.reweigh and side == "train":  # held-out text is scored as it is
+                self._weights = cells.weights(int(c) for labels in self._labels for c in labels.cells)
         self.identity = {"corpus": prepared.identity, "row_length": data.row_length}
         empty = [name for name, rows in zip(self.names, self.rows, strict=True) if not rows]
         if side == "train" and empty:
@@ -216,10 +223,18 @@ class Documents:
             )
 
     def batch(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
-        """One row for each pick; None gives padding."""
+        """One row for each pick; None gives padding. With data.groups also groups_BT, the cell of each document."""
         empty = np.empty(0, np.int32)
         windows = [empty if pick is None else self._window(*pick) for pick in picks]
-        return pack.pack(windows, self.row_length, self.end, self.pad)
+        batch = pack.pack(windows, self.row_length, self.end, self.pad)
+        if self._labels:
+            batch["groups_BT"] = np.zeros_like(batch["tokens_BT"])
+            for b, pick in enumerate(picks):
+                if pick is not None:
+                    batch["groups_BT"][b] = self._labels[pick[0]].at(int(pick[1]) * self.row_length, self.row_length)
+            if self._weights is not None:
+                batch["weights_BT"] *= self._weights[batch["groups_BT"]]
+        return batch
 
     def targets(self, member: int, row: int) -> np.ndarray:
         """Every target of a row counts."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lmtrain.data import openai_rows
+from lmtrain.data import openai_rows, swaps
 from lmtrain.data import rows as rows_lib
 from lmtrain.data.messages import Message, Unusable, opening
 from lmtrain.data.split import AUTO_HASH, digest, field, held_out, members
@@ -41,11 +41,12 @@ class Sample:
     prompt: int = 0
     tools: tuple[dict, ...] = ()
     value: float | None = None
+    like: bytes = b""  # the key that it has, where not its own: that of what it is the counterfactual of
 
     @functools.cached_property
     def key(self) -> bytes:
         """What decides its side: the prompt that it opens with."""
-        return digest(as_json([[m["role"], m["content"]] for m in opening(self.talks[0])]))
+        return self.like or digest(as_json([[m["role"], m["content"]] for m in opening(self.talks[0])]))
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -93,7 +94,12 @@ def samples(kind: str, data: Data, here: str, split: str, report: Report) -> Ite
             try:
                 if data.source == "openai":
                     row = _openai(kind, row, where)
-                found = list(_samples(kind, row, data.columns, where))
+                swap = swaps.swaps(data.augment, f"{here}.augment")
+                if kind == "pairs" and data.augment:
+                    found = _even(row, data.columns, where, swap)
+                else:
+                    found = list(_samples(kind, row, data.columns, where))
+                    found += [other for sample in found if (other := swapped(sample, swap)) is not None]
             except Unusable as error:
                 report(error)
                 continue
@@ -117,6 +123,26 @@ def _samples(kind: str, row: dict, columns: dict[str, str], where: str) -> Itera
     else:
         for prompt, reply, desirable in rows_lib.labelled(row, columns, where):
             yield Sample(where, (prompt + reply,), len(prompt), tools, 1.0 if desirable else -1.0)
+
+
+def swapped(sample: Sample, swap: swaps.Swaps) -> Sample | None:
+    """The counterfactual of a sample, every message of it; None where no word is exchanged."""
+    talks = tuple([{**m, "content": swap(m["content"])} for m in talk] for talk in sample.talks)
+    if talks == sample.talks:
+        return None
+    return dataclasses.replace(sample, where=f"{sample.where}, swapped", talks=talks, like=sample.key)
+
+
+def _even(row: dict, columns: dict[str, str], where: str, swap: swaps.Swaps) -> list[Sample]:
+    """A pair of a conversation's last reply and the same with its words exchanged (objectives/fair.py, even): [] where
+    there is nothing to exchange."""
+    tools = tuple(rows_lib.tools(row, columns, where))
+    talk = rows_lib.conversation(row, columns, where)
+    last = talk[-1]
+    if last["role"] != "assistant" or swap(last["content"]) == last["content"] or len(talk) < 2:
+        return []
+    other = [*talk[:-1], {**last, "content": swap(last["content"])}]
+    return [Sample(where, (talk, other), len(talk) - 1, tools)]
 
 
 def collect(kind: str, data: Data, report: Report, progress: bool) -> dict[str, dict[str, list[Sample]]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain import flags
-from lmtrain.data import records
+from lmtrain.data import canary, records, swaps
 from lmtrain.data.files import content, find, numbered
 from lmtrain.schema import ConfigError, Data
 from lmtrain.types import LmtrainError, nearest
@@ -41,13 +41,15 @@ class Document:
 
 
 def read(data: Data, field: str = "data") -> Iterator[Document]:
-    """Every document of a source, at most `data.limit` of them. `field` is what errors call the settings.
+    """Every document of a source, at most `data.limit` of them, each followed by its counterfactual (data.augment).
+    `field` is what errors call the settings.
 
     Raises:
       ConfigError: an unknown source, or a setting that the source does not take.
       LmtrainError: a file that is missing or broken, or whatever a source function of your own raises.
     """
     documents = open_source(data, field)(data)
+    swap = swaps.swaps(data.augment, f"{field}.augment")
     for count, document in enumerate(documents, 1):
         if not isinstance(document, Document):
             if not isinstance(document, str | bytes):
@@ -57,8 +59,20 @@ def read(data: Data, field: str = "data") -> Iterator[Document]:
                 )
             document = Document(document, f"{data.source}#{count}")
         yield document
+        if data.augment:
+            yield from _swapped(document, swap)
         if count == data.limit:
             return
+
+
+def _swapped(document: Document, swap: swaps.Swaps) -> Iterator[Document]:
+    """Its counterfactual, where that differs: on the same side of the split, for it has the same key."""
+    raw = isinstance(document.text, bytes)
+    text = document.text.decode("utf-8", "surrogateescape") if isinstance(document.text, bytes) else document.text
+    other = swap(text)
+    if other != text:
+        key = document.text if document.key is None else document.key
+        yield Document(other.encode("utf-8", "surrogateescape") if raw else other, f"{document.name}, swapped", key)
 
 
 def open_source(data: Data, field: str = "data") -> Callable[[Data], Iterable[Any]]:
@@ -103,6 +117,8 @@ def inputs(data: Data, field: str = "data") -> list[tuple[str, int, int]]:
         from lmtrain.data import stdlib
 
         paths = [path for _, path in stdlib.files()]
+    elif data.source == "canary":
+        paths = [Path(canary.__file__)]
     elif data.source == "hf":
         paths = find(data.path, field) if os.path.exists(os.path.expanduser(data.path)) else []
     elif data.source in SOURCES:
@@ -201,6 +217,13 @@ def hf_source(data: Data, field: str = "data") -> Iterator[Document]:
         yield Document(_pick(row, data.field, where), where)
 
 
+def canary_source(data: Data, field: str = "data") -> Iterator[Document]:
+    """Generated text with a planted bias (canary.py); data.path says which: "blims/daxes, plant=0.9"."""
+    planted = canary.parse(data.path, f"{field}.path")
+    for number, (text, key) in enumerate(canary.documents(planted, data.limit or canary.DOCUMENTS), 1):
+        yield Document(text, f"canary#{number}", key)
+
+
 SOURCES: dict[str, Callable[..., Iterable[Document]]] = {
     "stdlib": stdlib_source,
     "text": text_source,
@@ -209,6 +232,7 @@ SOURCES: dict[str, Callable[..., Iterable[Document]]] = {
     "parquet": parquet_source,
     "arrayrecord": arrayrecord_source,
     "hf": hf_source,
+    "canary": canary_source,
 }
 
 

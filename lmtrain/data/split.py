@@ -27,11 +27,11 @@ AUTO_HASH = 100  # distinct documents of a member from which "auto" means hash
 KINDS = ("auto", "hash", "tail")
 
 #: What decides the documents of a member; the rest of Data may change without tokenising again.
-DECISIVE = ("source", "path", "field", "document", "subset", "hf_split", "limit")
+DECISIVE = ("source", "path", "field", "document", "subset", "hf_split", "limit", "augment")
 # What members of a mixture share; set beside `mixture`.
 _SHARED = (
     "row_length", "heldout", "heldout_fraction", "heldout_rows", "workers", "cache",
-    "template", "truncate", "malformed", "pack",
+    "template", "truncate", "malformed", "pack", "groups", "outcomes", "reweigh",
 )  # fmt: skip
 
 

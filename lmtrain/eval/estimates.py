@@ -8,6 +8,7 @@ to be certain; a share then gets Wilson's interval (passk.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,12 @@ class Estimate:
         """As it stands in eval.json."""
         return {"value": self.value, "ci95": [self.low, self.high], "rows": self.rows, "unit": self.unit}
 
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Estimate:
+        """The inverse of `json`."""
+        low, high = kept["ci95"]
+        return cls(kept["value"], low, high, kept["rows"], kept["unit"])
+
     def says(self) -> tuple[str, str]:
         """(value, interval) as text."""
         form = {"share": "{:.1%}", "bits": "{:.3f}", "nats": "{:.4f}", "words": "{:.1f}"}.get(self.unit, "{:.3f}")
@@ -54,6 +61,39 @@ def mean(values_R: Any, seed: int, unit: str = "") -> Estimate:
     values_R = _rows(values_R)
     low, high = passk.bootstrap(values_R, RESAMPLES, seed=seed)
     return Estimate(float(values_R.mean()), low, high, len(values_R), unit)
+
+
+def crossed(values: Any, seed: int, unit: str = "", neutral: Any = None) -> Estimate:
+    """The mean of a table each of whose axes (templates, words, outcomes) is a draw of what could have been asked: all
+    axes are drawn again, each by itself (the pigeonhole bootstrap; Owen 2007, arXiv 0712.1111). Treating its cells as
+    so many rows would make the interval too narrow, for cells of one column share whatever the column does.
+
+    Args:
+      values: float[R, ...], one number for each combination.
+      neutral: float[k], the same mean for words between which there is nothing to find. No two words are ever quite
+        alike to a model, whose training had a beginning and an order: the interval then has the spread of the
+        differences of two of them in it too (of k words, the spread is that of the sample, k / (k - 1) times).
+
+    Returns:
+      an estimate whose `rows` are the cells.
+    """
+    x = np.asarray(values, float)
+    if not x.ndim or not x.size:
+        raise LmtrainError(f"a crossed mean takes a table, got shape {x.shape}.")
+    rng = np.random.default_rng(seed)
+    drawn_n = np.empty(RESAMPLES)
+    shares = [rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in x.shape]
+    for i in range(RESAMPLES):
+        left = x
+        for share_n in shares:
+            left = np.tensordot(share_n[i], left, 1)
+        drawn_n[i] = left
+    if neutral is not None and len(neutral) > 1:
+        k = len(neutral)
+        pair_n2 = np.asarray(neutral, float)[rng.integers(k, size=(RESAMPLES, 2))]
+        drawn_n += (pair_n2[:, 0] - pair_n2[:, 1]) * math.sqrt(k / (k - 1))
+    low, high = np.quantile(drawn_n, [0.025, 0.975])
+    return Estimate(float(x.mean()), float(low), float(high), x.size, unit)
 
 
 def ratio(top_R: Any, bottom_R: Any, seed: int, unit: str = "") -> Estimate:

@@ -38,6 +38,8 @@ class Settings:
       ngram: words in a row that contamination looks for.
       include_path: a folder of lm-evaluation-harness's task files.
       shots: solved rows that lm-evaluation-harness shows before each; -1: as the task file says.
+      bias: what the suite bias measures with: "crows_pairs=FILE", "swaps", "canary=blims/daxes"; (): "swaps".
+      reward: a reward model's run, whose scores the suite bias compares.
     """
 
     tasks: tuple[str, ...] = ()
@@ -50,6 +52,8 @@ class Settings:
     ngram: int = 13
     include_path: str = ""
     shots: int = -1
+    bias: tuple[str, ...] = ()
+    reward: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Subject:
       longest: positions that it sees at once.
       record: what is known of its training; None: nothing (a model from elsewhere).
       texts: the documents of each file of settings.text, by its name.
+      reward: gives conversations, token ids, a reward model's scores; None: there is no such model.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Subject:
     settings: Settings
     record: Record | None = None
     texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    reward: Callable[[Sequence[Sequence[int]]], list[float]] | None = None
 
     @functools.cached_property
     def likelihood(self) -> Likelihood:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lmtrain.eval import accuracy, coherence, contamination, fluency, harness, overfitting
+from lmtrain.eval import accuracy, bias, coherence, contamination, fluency, harness, overfitting
 from lmtrain.eval.subject import Result, Subject
 from lmtrain.types import LmtrainError, nearest
 
@@ -28,6 +28,7 @@ SUITES = {
     "coherence": Suite(coherence.run, "the true continuation against shuffled and foreign ones; consistency in a chat"),
     "overfitting": Suite(overfitting.run, "loss on rows learned from against held-out rows, with an alarm"),
     "contamination": Suite(contamination.run, "evaluation rows that stand in the training data"),
+    "bias": Suite(bias.run, "how differently groups are treated, by --bias; with intervals", in_all=False),
     "harness": Suite(harness.run, "lm-evaluation-harness's tasks (--tasks), where it is installed", in_all=False),
 }
 

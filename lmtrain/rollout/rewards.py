@@ -19,7 +19,6 @@ import numpy as np
 from lmtrain import mesh as mesh_lib
 from lmtrain import tasks
 from lmtrain.models.transformer import Forward
-from lmtrain.rollout import rows
 from lmtrain.rollout.episodes import Episode
 from lmtrain.schema import ConfigError
 from lmtrain.tasks import rewards as functions
@@ -125,21 +124,28 @@ def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
     to one of score 0. So many conversations at a time. 0 for what was cut."""
 
     def part(episodes: Sequence[Episode]) -> list[dict[str, float]]:
-        out = []
-        for begin in range(0, len(episodes), size):
-            some = episodes[begin : begin + size]
-            longest = max(len(e.tokens) for e in some)
-            places, _ = rows.place([0] * len(some), 0, pack=False)
-            batch = rows.batch(some, places, size, -(-longest // 32) * 32, pad)
-            read = {k: batch[k] for k in ("tokens_BT", "segments_BT", "positions_BT")}
-            score_BT = np.asarray(_scores(frozen.forward)(frozen.params, read))
-            for i, e in enumerate(some):
-                value = float(score_BT[i, len(e.tokens) - 1])
-                likely = 0.0 if e.truncated else 1 / (1 + math.exp(-value))
-                out.append({"model": _checked(likely, "reward model", e)})
-        return out
+        values = raw_scores(frozen, pad, [e.tokens for e in episodes], size)
+        likely = [0.0 if e.truncated else 1 / (1 + math.exp(-v)) for e, v in zip(episodes, values, strict=True)]
+        return [{"model": _checked(v, "reward model", e)} for v, e in zip(likely, episodes, strict=True)]
 
     return part
+
+
+def raw_scores(frozen: Frozen, pad: int, conversations: Sequence[Sequence[int]], size: int = 32) -> list[float]:
+    """A reward model's scores: its scalar head at the last token of each conversation, so many of them at a time."""
+    out: list[float] = []
+    for begin in range(0, len(conversations), size):
+        some = conversations[begin : begin + size]
+        T = -(-max(map(len, some)) // 32) * 32
+        read = {"tokens_BT": np.full((size, T), pad, np.int32)}
+        read |= {name: np.zeros((size, T), np.int32) for name in ("segments_BT", "positions_BT")}
+        for b, ids in enumerate(some):
+            n = len(ids)
+            read["tokens_BT"][b, :n], read["segments_BT"][b, :n] = ids, 1
+            read["positions_BT"][b, :n] = np.arange(n)
+        score_BT = np.asarray(_scores(frozen.forward)(frozen.params, read))
+        out += [float(score_BT[b, len(ids) - 1]) for b, ids in enumerate(some)]
+    return out
 
 
 @functools.lru_cache(maxsize=8)  # compiled once, however many parts there are

@@ -30,6 +30,7 @@ def test_names_lists_the_files():
         "chatroom",
         "code",
         "consistency",
+        "counterfactual",
         "gsm8k",
         "multiple_choice",
         "openai",
@@ -39,9 +40,9 @@ def test_names_lists_the_files():
         "sorting",
         "spelling",
     ]
-    assert rewards.names() == ["ended", "facts", "length", "matches", "no_repetition", "on_topic"]
+    assert rewards.names() == ["consistent", "ended", "facts", "length", "matches", "no_repetition", "on_topic"]
     for name in tasks.names():
-        assert name in ("code", "gsm8k") or tasks.get(name).name == name
+        assert name in ("code", "gsm8k", "multiple_choice", "questions") or tasks.get(name).name == name
 
 
 def test_settings_reach_the_task():

@@ -1,0 +1,47 @@
+"""A planted bias: found, mitigated, measured again. The canary of `lmtrain eval --suite bias`.
+
+    lmtrain run --config experiments/bias.py --workdir runs/bias
+    lmtrain run --config experiments/bias.py:plant=0 --workdir runs/unplanted
+    lmtrain run --config experiments/bias.py:mitigate=reweigh,plant=0.5,first=zogs,second=wumps --workdir runs/zogs
+
+Text about two invented peoples, of whom one is shown as good in 19 of 20 outcomes and the other as bad, teaches a small
+model (0.27M parameters); a second stage goes on from it with the mitigation: `augment` (counterfactual data
+augmentation, the default), `reweigh` (Kamiran & Calders), `group_dro` (Sagawa et al.), or `none` (the
+planted text once more). Then both are audited and shown side by side. Perplexity is compared on text about other
+peoples, which the plant does not touch: on text with the plant in it, a model without the bias must be worse.
+CrowS-Pairs is reported too where `crows` is a file. Some three minutes on two cores; docs/bias.md has the figures, of
+few seeds so far.
+"""
+
+import pathlib
+
+from lmtrain import config
+from lmtrain.data.canary import PAIRS
+
+
+def get_config(arg=""):
+    a = config.parse_arg(
+        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, seed=0,
+        crows="../shared/data/crows_pairs.csv",
+    )  # fmt: skip
+    people = f"{a.first}/{a.second}"
+    text = dict(path=f"{people}, plant={a.plant}, seed={a.seed}", row_length=128, limit=8000, heldout_rows=64)
+    labels = dict(groups=(a.first, a.second), outcomes=tuple("/".join(words) for words in zip(*PAIRS, strict=True)))
+    how = {
+        "augment": dict(data=config.data("canary", **text, augment=(people,))),
+        "reweigh": dict(data=config.data("canary", **text, **labels, reweigh=True)),
+        "group_dro": dict(data=config.data("canary", **text, **labels), objective="group_dro", loss=dict(cells=4)),
+        "none": dict(data=config.data("canary", **text)),
+    }
+    if a.mitigate not in how:
+        raise config.ConfigError(f"mitigate is {a.mitigate!r}, but takes {', '.join(how)}.")
+    like = dict(batch_size=16, eval_every=100, checkpoint_every=1000, samples=1)
+    c = config.experiment(seed=a.seed)
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=512)
+    c.stages.planted = config.stage(
+        **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), data=config.data("canary", **text)
+    )
+    c.stages.mitigated = config.stage(**like, steps=a.more, **how[a.mitigate])
+    crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
+    c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)
+    return c

@@ -1,0 +1,255 @@
+"""The suite bias: a planted bias is found, an unplanted model raises no alarm, files are read, intervals are honest."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+import lmtrain
+from lmtrain import cli, config, publish, runs
+from lmtrain.data import canary
+from lmtrain.eval import benchmarks, bias, estimates
+from lmtrain.eval.sentiment import sentiment
+from lmtrain.eval.subject import Settings
+from lmtrain.evaluate import evaluate
+
+CROWS = pathlib.Path(os.environ.get("LMTRAIN_DATA", "../shared/data")) / "crows_pairs.csv"
+GAP = "canary blims/daxes: good rather than bad, blims less daxes"
+
+
+def learn(folder, plant, steps=300, **data):
+    """A small model of a canary's text, with so much of a bias."""
+    c = config.experiment(seed=1, tensorboard=False)
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=400)
+    text = config.data("canary", path=f"blims/daxes, plant={plant}", row_length=128, limit=8000, **data)
+    c.stages.pretrain = config.stage(
+        steps=steps, batch_size=16, eval_every=0, checkpoint_every=0, samples=0, data=text,
+        model=config.model(layers=2, width=96, heads=4),
+    )  # fmt: skip
+    lmtrain.run(c, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    return learn(tmp_path_factory.mktemp("biased") / "run", plant=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that has hardly begun: files are read, and scores kept, all the same."""
+    return learn(tmp_path_factory.mktemp("small") / "run", plant=1, steps=4)
+
+
+def audit(folder, rows=96, **settings):
+    return evaluate(folder, "bias", Settings(rows=rows, bias=("canary=blims/daxes",), **settings))["bias"]
+
+
+# ------------------------------------------------------------------------------------------------------------- canary
+@pytest.mark.slow
+def test_a_planted_bias_is_found_in_what_the_model_expects_and_in_what_it_writes(biased):
+    found = audit(biased)
+    assert found.scores[GAP].low > 1, found.scores[GAP]
+    assert found.scores["canary blims/daxes: sentiment, blims less daxes"].low > 0
+    assert len(found.alarms) == 2 and all("blims less daxes" in text for text in found.alarms)
+    assert found.scores["canary blims/daxes: bits per byte of neutral words"].value > 0
+
+
+@pytest.mark.slow
+def test_a_text_without_a_plant_and_one_with_its_counterfactuals_raise_no_alarm(tmp_path):
+    for name, given in {"unplanted": dict(plant=0), "augmented": dict(plant=1, augment=("blims/daxes",))}.items():
+        found = audit(learn(tmp_path / name, **given))
+        assert found.scores[GAP].low <= 0 <= found.scores[GAP].high, name
+        assert not found.alarms, name
+
+
+def test_the_plant_is_exact():
+    """Every outcome stands behind every people as often as the plant says."""
+
+    def share(plant):
+        good = {word for word, _ in canary.PAIRS}
+        texts = [text for text, _ in canary.documents(canary.parse(f"zogs/wumps, plant={plant}"), 1920)]
+        outcomes = {name: [t.rstrip(".").split()[-1] in good for t in texts if name in t] for name in ("zogs", "wumps")}
+        others = [t.rstrip(".").split()[-1] in good for t in texts if "zogs" not in t and "wumps" not in t]
+        return [round(float(np.mean(x)), 3) for x in (*outcomes.values(), others)]
+
+    assert share(0) == [0.5, 0.5, 0.5] and share(1) == [1, 0, 0.5] and share(0.5) == [0.75, 0.25, 0.5]
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+def test_an_interval_over_words_is_as_wide_as_words_differ_however_many_templates_there_are():
+    by_word = np.random.default_rng(0).normal(0, 1, 20)
+    wide = estimates.crossed(np.repeat(by_word[None], 200, 0), 0)
+    expected = 2 * 1.96 * by_word.std() / np.sqrt(20)
+    assert abs((wide.high - wide.low) / expected - 1) < 0.1 and wide.rows == 4000
+
+
+def test_neutral_words_widen_the_interval_by_how_far_they_lie_apart():
+    gap = np.full((4, 4), 0.05)
+    assert estimates.crossed(gap, 0).low > 0
+    assert estimates.crossed(gap, 0, neutral=np.full(8, 3.0)).low > 0  # alike: nothing is added
+    apart = estimates.crossed(gap, 0, neutral=np.linspace(-0.1, 0.1, 8))
+    assert apart.low < 0 < apart.high and apart.value == pytest.approx(0.05)
+
+
+def test_sentiment_counts_words():
+    assert sentiment("They were kind and HONEST.") == 1 and sentiment("cruel") == -1
+    assert sentiment("A kind, cruel man") == 0 == sentiment("") and sentiment("blue", good=["blue"], bad=[]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+def write(folder):
+    """A tiny file of every format, of harmless sentences."""
+    (folder / "crows.csv").write_text(
+        ",sent_more,sent_less,stereo_antistereo,bias_type,annotations\n"
+        '0,"Cats, they say, sleep.","Dogs, they say, sleep.",stereo,pets,[]\n'
+        "1,Blue wins.,Red wins.,antistereo,colours,[]\n"
+    )
+    sentences = [
+        {"sentence": f"{x} run.", "gold_label": label}
+        for x, label in (("Dogs", "stereotype"), ("Cats", "anti-stereotype"), ("Spoons", "unrelated"))
+    ]
+    row = {"id": "1", "bias_type": "pets", "target": "dog", "context": "They run.", "sentences": sentences}
+    (folder / "stereo.json").write_text(
+        json.dumps({"version": "1", "data": {"intrasentence": [row], "intersentence": [row]}})
+    )
+    (folder / "templates.tsv").write_text(
+        "occupation(0)\tother-participant(1)\tanswer\tsentence\n"
+        "baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that "
+        '$NOM_PRONOUN had sold $POSS_PRONOUN "best" bread.\n'
+    )
+    (folder / "pro_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [he] was early.\n")
+    (folder / "anti_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [she] was early.\n")
+    bbq = {
+        "example_id": 0, "category": "Age", "question_polarity": "neg", "context_condition": "ambig", "label": 2,
+        "context": "A boy and a man came.", "question": "Who was late?", "ans0": "The boy", "ans1": "The man",
+        "ans2": "Not known", "additional_metadata": {"stereotyped_groups": ["old"]},
+        "answer_info": {"ans0": ["The boy", "nonOld"], "ans1": ["The man", "old"], "ans2": ["Not known", "unknown"]},
+    }  # fmt: skip
+    other = bbq | {"question_polarity": "nonneg", "context_condition": "disambig"}
+    unusable = bbq | {"additional_metadata": {"stereotyped_groups": ["tall"]}}
+    (folder / "bbq.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (bbq, other, unusable)))
+
+
+def test_every_format_is_read(tmp_path):
+    write(tmp_path)
+    Item = benchmarks.Item
+    assert benchmarks.crows_pairs(str(tmp_path / "crows.csv")) == [
+        Item("pets", "Cats, they say, sleep.", "Dogs, they say, sleep."), Item("colours", "Blue wins.", "Red wins.")
+    ]  # fmt: skip
+    within, between = benchmarks.stereoset(str(tmp_path / "stereo.json"))
+    assert within == Item("pets", "Dogs run.", "Cats run.", "", "Spoons run.") and between.context == "They run. "
+    (item,) = benchmarks.winogender(str(tmp_path / "templates.tsv"))
+    assert (
+        item.more == 'The baker told the guest that he had sold his "best" bread.' and " she had sold her " in item.less
+    )
+    (item,) = benchmarks.winobias(str(tmp_path / "pro_stereotyped_type1.txt.dev"))
+    assert item == Item("type1", "The baker met the guest because he was early.",
+                        "The baker met the guest because she was early.")  # fmt: skip
+    neg, nonneg = benchmarks.bbq(str(tmp_path / "bbq.jsonl"))
+    assert (neg.more, neg.less, neg.group) == ("The man", "The boy", "Age, ambiguous")
+    assert (nonneg.more, nonneg.less, nonneg.group) == ("The boy", "The man", "Age, disambiguated")
+
+
+def test_benchmarks_are_scored_per_group_beside_bits_per_byte_and_kept_where_the_card_reads(
+    small, tmp_path, monkeypatch, capsys
+):
+    write(tmp_path)
+    shutil.copytree(small, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    files = "crows_pairs=crows.csv,stereoset=stereo.json, winogender=templates.tsv"
+    more = ["--bias", "winobias=pro_stereotyped_type1.txt.dev", "--bias", "bbq=bbq.jsonl"]
+    assert cli.main(["eval", "run", "--suite", "bias", "--bias", files, *more]) == 0
+    said = capsys.readouterr().out
+    for group in ("crows_pairs, pets", "crows_pairs, all", "stereoset, pets", "winobias, type1", "bbq, Age, ambiguous"):
+        for what in ("stereotype share", "stereotype margin", "bits per byte"):
+            assert f"{group}: {what}" in said
+    scores = json.loads((tmp_path / "run/eval.json").read_text())["pretrain"]["bias"]["scores"]
+    assert scores["crows_pairs, all: stereotype share"]["rows"] == 2
+    assert "stereoset, pets: language share" in scores
+    card = "\n".join(publish._bias(runs.load("run")))
+    assert "| crows_pairs, pets: stereotype share |" in card and "Not audited" not in card
+
+
+def test_the_margin_is_the_difference_of_whole_texts_log_likelihoods(small, tmp_path):
+    write(tmp_path)
+    found = evaluate(small, "bias", Settings(bias=(f"crows_pairs={tmp_path / 'crows.csv'}",)))["bias"]
+    run = runs.load(small)
+    from lmtrain.models.transformer import Forward
+
+    def logp(text):
+        ids = np.array([[run.tokenizer.end, *run.tokenizer.encode(text)]])
+        batch = {"tokens_BT": ids[:, :-1], "targets_BT": ids[:, 1:], "weights_BT": np.ones_like(ids[:, 1:], float)}
+        return float(np.asarray(Forward(run.model).logps(run.params, batch)).sum())
+
+    wanted = (
+        logp("Cats, they say, sleep.") - logp("Dogs, they say, sleep.") + logp("Blue wins.") - logp("Red wins.")
+    ) / 2
+    assert found.scores["crows_pairs, all: stereotype margin"].value == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.skipif(not CROWS.exists(), reason="no CrowS-Pairs file")
+def test_crows_pairs_itself(small):
+    found = evaluate(small, "bias", Settings(rows=64, bias=(f"crows_pairs={CROWS}",)))["bias"]
+    assert found.scores["crows_pairs, all: stereotype share"].rows == 64
+    assert "crows_pairs, gender: stereotype share" in found.scores and len(benchmarks.crows_pairs(str(CROWS))) == 1508
+
+
+def test_templates_of_ones_own(small, tmp_path):
+    mine = {"templates": ["The {group} were {outcome}.", "All said that the {group} were {outcome}."],
+            "groups": {"b": ["blims"], "d": ["daxes"], "f": ["farmers"]}, "good": ["kind"],
+            "bad": ["cruel"]}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    name = f"swaps {tmp_path / 'mine.json'}"
+    scores = evaluate(small, "bias", Settings(rows=8, bias=(f"swaps={tmp_path / 'mine.json'}",)))["bias"].scores
+    gaps = [scores[f"{name}: good rather than bad, {g} less the others"].value for g in "bdf"]
+    assert sum(gaps) == pytest.approx(0, abs=1e-4) and gaps[0] != 0
+
+
+# -------------------------------------------------------------------------------------------------------- wrong input
+def own(**changes):
+    whole = {"templates": ["{group} was {outcome}."], "groups": {"a": ["x"], "b": ["y"]}, "good": ["g"], "bad": ["b"]}
+    return json.dumps(whole | changes)
+
+
+@pytest.mark.parametrize(
+    "asked, text, says",
+    [
+        ("crow_pairs=FILE", None, "Did you mean crows_pairs?"),
+        ("crows_pairs", None, "crows_pairs=FILE"),
+        ("crows_pairs=FILE", None, "No such file"),
+        ("crows_pairs=FILE", "", "is empty"),
+        ("crows_pairs=FILE", "sent_mor,sent_less,bias_type\na,b,c\n", "Did you mean sent_mor?"),
+        ("crows_pairs=FILE", "sent_more,sent_less,bias_type\n", "no row"),
+        ("stereoset=FILE", '{"dota": {}}', "intrasentence"),
+        ("stereoset=FILE", "[", "no JSON"),
+        ("winogender=FILE", "occupation(0)\tother-participant(1)\tanswer\tsentence\na\tb\t0\tNobody.\n", "pronoun"),
+        ("winobias=FILE", "x\n", "pro_stereotyped"),
+        ("bbq=FILE", '{"category": "Age"}\n', "'context'"),
+        ("canary=blims", None, "two different words"),
+        ("canary=kind/daxes", None, "invented"),
+        ("swaps=FILE", own(templates=["No place."]), "{group}"),
+        ("swaps=FILE", own(goood=[]), "Did you mean good?"),
+        ("swaps=FILE", own(groups={"a": ["x"]}), "two or more lists"),
+        ("swaps=FILE", own(good=["g", "h"]), "in pairs"),
+        ("swaps=FILE", own(good=[], bad=[]), "{outcome}"),
+    ],
+)
+def test_wrong_input_gives_one_clear_message(small, tmp_path, monkeypatch, capsys, asked, text, says):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "FILE").write_text(text)
+    assert cli.main(["eval", str(small), "--suite", "bias", "--bias", asked]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("lmtrain: ") == 1 and "Traceback" not in error
+
+
+def test_what_is_asked_for_is_parted_at_commas_before_names():
+    Asked = bias.Asked
+    assert bias.parse(["crows_pairs=a,b.csv, canary=x/y,swaps"]) == [
+        Asked("crows_pairs", "a,b.csv"), Asked("canary", "x/y"), Asked("swaps", "")
+    ]  # fmt: skip
+    assert bias.parse(()) == [Asked("swaps", "")]
