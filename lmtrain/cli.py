@@ -256,7 +256,7 @@ rows; docs/evaluation.md says what each means. Suites:
   coherence      the true continuation against shuffled and foreign ones; consistency in a chat
   overfitting    loss on rows learned from against held-out rows, with an alarm
   contamination  evaluation rows that stand in the training data
-  bias           how differently groups are treated (--bias); not part of all
+  bias           how differently groups are treated, by --bias; with intervals; not part of all
   harness        lm-evaluation-harness's tasks (--tasks), where it is installed; not part of all
 
   lmtrain eval runs/quickstart
