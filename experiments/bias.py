@@ -9,8 +9,8 @@ model (0.27M parameters); a second stage goes on from it with the mitigation: `a
 augmentation, the default), `reweigh` (Kamiran & Calders), `group_dro` (Sagawa et al.), or `none` (the
 planted text once more). Then both are audited and shown side by side. Perplexity is compared on text about other
 peoples, which the plant does not touch: on text with the plant in it, a model without the bias must be worse.
-CrowS-Pairs is reported too where `crows` is a file. Some three minutes on two cores; docs/bias.md has the figures, of
-few seeds so far.
+CrowS-Pairs is reported too where `crows` is a file. 75 seconds on two cores; docs/bias.md has the figures of
+several seeds.
 """
 
 import pathlib
