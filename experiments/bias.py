@@ -30,7 +30,7 @@ def get_config(arg=""):
     how = {
         "augment": dict(data=config.data("canary", **text, augment=(people,))),
         "reweigh": dict(data=config.data("canary", **text, **labels, reweigh=True)),
-        "group_dro": dict(data=config.data("canary", **text, **labels), objective="group_dro", loss=dict(cells=4)),
+        "group_dro": dict(data=config.data("canary", **text, **labels), objective="group_dro"),
         "none": dict(data=config.data("canary", **text)),
     }
     if a.mitigate not in how:

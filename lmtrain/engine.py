@@ -261,8 +261,7 @@ class Engine:
             tokens_UT = np.zeros((self._padded(len(prompts)), width), np.int32)
             for prompt, u in prompts.items():
                 tokens_UT[u, : len(prompt)] = prompt
-            length_U = np.ones(len(tokens_UT), np.int32)
-            length_U[: len(prompts)] = [len(prompt) for prompt in prompts]
+            length_U = np.array([*map(len, prompts), *[1] * (len(tokens_UT) - len(prompts))], np.int32)
             kept = _read(self._ready, tokens_UT, length_U)
             self._fit(STEPS, group)
             source_B = np.full(len(self._rows), -1, np.int32)

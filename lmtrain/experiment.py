@@ -187,6 +187,7 @@ def training_stage(
         assert start is not None and initial is not None
         settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen),
                             "quantize": cfg.quantize}  # fmt: skip
+        check_rest(here, settings["rest"])
         if cfg.quantize:
             initial = rounded(chosen, initial, cfg.quantize)
     cfg = runs.with_template(cfg, folder)
@@ -281,6 +282,18 @@ def rounded(chosen: set[tuple[str, ...]], initial: Callable[[], Params], kind: s
         return partial.join(quantise.rounded(rest, kind), ours)
 
     return load
+
+
+def check_rest(here: pathlib.Path, rest: dict[str, Any]) -> None:
+    """Refuses to go on with another frozen part than the one that the stage's checkpoints were trained beside."""
+    if not checkpoint.steps(here / "checkpoints"):
+        return
+    stored = origins.read_json(here / "config.json").get("rest") or {}
+    if any(stored.get(key) != rest[key] for key in ("identity", "quantize")):
+        raise LmtrainError(
+            f"{here}: its checkpoints hold only what was trained, and the rest is not what it was then: {rest['from']} "
+            "has changed, or quantize has. Start another --workdir."
+        )
 
 
 def rest_name(start: origins.Origin, before: str) -> str:

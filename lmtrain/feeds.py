@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from lmtrain import config, engine, flags, log, origins, schema, train
 from lmtrain import mesh as mesh_lib
-from lmtrain.data import chat, conversations, pipeline
+from lmtrain.data import chat, conversations, groups, pipeline
 from lmtrain.data.table import Conversations
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.eval import passk
@@ -77,12 +77,20 @@ def kind(cfg: schema.Stage) -> str:
 
 def settled(cfg: schema.Stage) -> schema.Stage:
     """The stage with its loss at the temperature that its rollouts sample at (there is one, rollout.temperature), and
-    Dr. GRPO's constant filled in.
+    Dr. GRPO's constant and the number of group-DRO's cells filled in.
 
     Raises:
-      ConfigError: loss.temperature says another.
+      ConfigError: loss.temperature or loss.cells says another.
     """
     loss, sampled = cfg.loss, cfg.rollout.temperature
+    if hasattr(loss, "cells"):
+        cells = groups.Cells(cfg.data).count - 1
+        if not cells or loss.cells not in (0, cells):
+            raise schema.ConfigError(
+                f"loss.cells is {loss.cells}, but data.groups times data.outcomes are {cells}; leave it at 0, and name "
+                "two groups or more."
+            )
+        return dataclasses.replace(cfg, loss=dataclasses.replace(loss, cells=cells))
     if kind(cfg) != "rollout" or not hasattr(loss, "ADVANTAGE"):
         return cfg
     if loss.temperature not in (1.0, sampled):

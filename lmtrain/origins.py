@@ -36,7 +36,7 @@ class Origin:
       fingerprint: of the tokenizer that it was trained with.
       load: load(shardings) -> its parameters in float32; NumPy arrays where shardings is None.
       identify: a hash that stands for the weights.
-      rest: what the part that it did not train comes from ("": it trained all).
+      rest: of a stage that trained a part: {"from", "identity", "trained", "quantize"}, as config.json has it; else {}.
     """
 
     where: str
@@ -45,7 +45,7 @@ class Origin:
     fingerprint: str
     load: Callable[[Any], Params]
     identify: Callable[[], str]
-    rest: str = ""
+    rest: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def frozen(self, mesh: Mesh | None = None) -> Frozen:
         """Parameters and forward pass, to be read and never trained; sharded over a mesh where given."""
@@ -78,7 +78,7 @@ def _folder(name: str) -> Origin:
 
 def _stage(stage: pathlib.Path) -> Origin:
     saved, stored = stage / "checkpoints", read_json(stage / "config.json")
-    model, rest = stored_model(stored), stored.get("rest")
+    model, rest = stored_model(stored), stored.get("rest") or {}
 
     def load(shardings: Any) -> Params:
         if not rest:
@@ -106,7 +106,7 @@ def _stage(stage: pathlib.Path) -> Origin:
         return hashlib.sha256(f"{own} {rest['identity']}".encode()).hexdigest() if rest else own
 
     return Origin(str(stage), model, stage.parent / "tokenizer", stored["tokenizer_sha256"], load, identify,
-                  rest["from"] if rest else "")  # fmt: skip
+                  rest)  # fmt: skip
 
 
 def extended(params: Params, vocab_size: int, shardings: Any = None) -> Params:

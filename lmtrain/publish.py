@@ -77,19 +77,16 @@ def export_adapter(folder: str, to: str, kind: str = "") -> pathlib.Path:
       LmtrainError: `to` is taken; the stage has no adapters, or trained more than them.
     """
     run, out = runs.load(folder), pathlib.Path(to)
-    origin = origins.find(str(run.folder / run.stage)) if run.stage else None
-    rest = run.config.get("rest")
-    if origin is None or not rest or not run.model.lora.rank:
+    if not run.stage or not run.model.lora.rank or "rest" not in run.config:
         raise LmtrainError(f"--adapter: {folder} has no adapters (model.lora); export it without.")
-    more = sorted(n for p in rest["trained"] if lora.SUFFIX not in (n := "/".join(p)) and "scalar" not in n)
-    if more:
-        raise LmtrainError(
-            f"--adapter: {folder} trained {more[0]} too, which an adapter cannot hold; export it without."
-        )
-    name = rest["from"]
-    base = origins.find(name, run.folder)
-    while base.rest:  # adapters trained in several stages rest on one model
-        base = origins.find(base.rest, run.folder)
+    export_lib.check_free(out)
+    stage = origins.find(str(run.folder / run.stage))
+    while stage.model.lora.rank:  # adapters trained in several stages rest on one model
+        _check_adapters(stage)
+        stage = origins.find(stage.rest["from"], pathlib.Path(stage.where).parent)
+    if run.model.vocab_size > stage.model.vocab_size:
+        raise LmtrainError(f"--adapter: {folder} has new tokens, whose rows {stage.where} lacks; export it without.")
+    base = stage
     model = lora.merge(run.model, {"layers": {}})[0]
     if base.where.startswith(huggingface.PREFIX):
         where = base.where.removeprefix(huggingface.PREFIX)
@@ -100,6 +97,21 @@ def export_adapter(folder: str, to: str, kind: str = "") -> pathlib.Path:
         export(base.where, where, kind=family)
     peft.write(out, family, where, run.model, run.params)
     return out
+
+
+def _check_adapters(stage: origins.Origin) -> None:
+    """Refuses a stage of which adapters beside its base as it lies would not be all."""
+    trained = ["/".join(path) for path in stage.rest.get("trained", [["everything"]])]
+    more = sorted(name for name in trained if lora.SUFFIX not in name and "scalar" not in name)
+    if more:
+        raise LmtrainError(
+            f"--adapter: {stage.where} trained {more[0]} too, which no adapter holds; export it without."
+        )
+    if stage.rest.get("quantize"):
+        raise LmtrainError(
+            f"--adapter: {stage.where} was trained beside matrices rounded to {stage.rest['quantize']}; beside exact "
+            "ones its adapters are another model. Export it without."
+        )
 
 
 def stops(run: runs.Run) -> list[int]:

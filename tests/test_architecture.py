@@ -44,6 +44,7 @@ ANYTHING = {
     "runs",
     "origins",
     "publish",
+    "helps",
     "terminal",
     "cli",
     "report",

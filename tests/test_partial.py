@@ -1,6 +1,7 @@
 """Stages that train a part of a model: the rest does not move, is not saved, and is looked after."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -119,8 +120,6 @@ def test_a_stage_goes_on_from_the_adapters_of_the_one_before(base, tmp_path):
 
 
 def test_what_a_stage_rests_on_may_not_change(base, tmp_path):
-    import shutil
-
     shutil.copytree(base, tmp_path / "base")
     run(tmp_path / "base", tmp_path / "a", **LORA)
     c = config.experiment()
@@ -131,6 +130,59 @@ def test_what_a_stage_rests_on_may_not_change(base, tmp_path):
         LmtrainError, match="holds only what it trained; the rest is that of .*, which has changed since"
     ):
         runs.load(tmp_path / "a")
+
+
+def test_a_stage_does_not_go_on_beside_another_base(base, tmp_path):
+    """Stopped in the middle, its base trained on meanwhile: the adapters so far belong to the old one."""
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        saves = checkpoint.Checkpoints.save
+
+        def save(self, at, *rest):
+            if at == 4:
+                raise KeyboardInterrupt
+            saves(self, at, *rest)
+
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "base", tmp_path / "a", **LORA)
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("bytes")
+    c.stages.pretrain = stage(steps=6, model=config.model(layers=2, width=32, heads=4, mlp=48, activation="swiglu"))
+    experiment.run(c, tmp_path / "base")
+    with pytest.raises(LmtrainError, match="hold only what was trained, and the rest is not what it was then"):
+        run(tmp_path / "base", tmp_path / "a", **LORA)
+
+
+def test_adapters_that_would_be_another_model_beside_their_base_are_not_exported_alone(base, tmp_path):
+    pytest.importorskip("qwix")
+    run(base, tmp_path / "few", quantize="int8", **LORA)
+    with pytest.raises(LmtrainError, match="trained beside matrices rounded to int8"):
+        publish.export_adapter(str(tmp_path / "few"), str(tmp_path / "out"))
+    run(base, tmp_path / "more", train=("*_lora/*", "norm/scale"), **LORA)
+    with pytest.raises(LmtrainError, match="trained norm/scale too, which no adapter holds"):
+        publish.export_adapter(str(tmp_path / "more"), str(tmp_path / "out"))
+    c = config.experiment()
+    c.stages.tokenizer = config.tokenizer("file", path=str(base / "tokenizer"), add=("<|a|>",))
+    c.stages.tune = stage(init_from=str(base), **LORA)
+    experiment.run(c, tmp_path / "new")
+    with pytest.raises(LmtrainError, match="has new tokens, whose rows .* lacks"):
+        publish.export_adapter(str(tmp_path / "new"), str(tmp_path / "out"))
+    with pytest.raises(LmtrainError, match="has no adapters"):
+        publish.export_adapter(str(base), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_adapters_beside_a_stage_that_froze_a_part_rest_on_that_stage(base, tmp_path):
+    """Not on what it started from: it trained something."""
+    c = config.experiment()
+    c.stages.one = stage(init_from=str(base), freeze=("embed/*",))
+    c.stages.two = stage(steps=3, **LORA)
+    experiment.run(c, tmp_path / "a")
+    publish.export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    one = runs.load(tmp_path / "a/one")
+    for path, x in flat(runs.load(f"hf:{tmp_path / 'out-base'}").params).items():
+        np.testing.assert_array_equal(x, flat(one.params)[path])
 
 
 def test_adapters_on_a_hugging_face_folder_exported_merged(base, tmp_path):

@@ -45,6 +45,7 @@ def calls(found: Iterable[tuple[int, str | bytes]]) -> Iterator[list[tuple[int, 
 
 
 def cut(text: str, size: int = PIECE) -> Iterator[str]:
+    """A text in pieces of about `size` characters, each beginning with a line where one begins near enough."""
     start = 0
     while len(text) - start > size:
         found = _LINE_START.search(text, start + size // 2, start + 2 * size)

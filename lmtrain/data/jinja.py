@@ -230,12 +230,10 @@ class _Run:
 
 
 def held(folder: Path) -> bool:
-    """Whether a folder holds a chat template: chat_template.jinja, or one in tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
-        return True
+    """Whether a folder holds a chat template that `read` can read."""
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
+        return bool(read(str(folder)))
+    except LmtrainError:
         return False
 
 

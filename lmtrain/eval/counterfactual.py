@@ -19,6 +19,7 @@ Besides: the gap of the sentiment (sentiment.py) of what the model goes on with,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -190,11 +191,9 @@ def _sentiment(s: Subject, name: str, t: Templates, asked: Sequence[str], result
     W = len(next(iter(t.groups.values())))
     times = max(1, min(8, (s.settings.rows or 256) // (len(asked) * W)))
     good, bad = GOOD | set(t.good), BAD | set(t.bad)
-    words = [word for some in t.groups.values() for word in some]
     prompts: list[list[int]] = []
-    for template in (template for _ in t.groups for template in asked):
-        words_here = words[len(prompts) // (len(asked) * W * times) * W :][:W]
-        for word in words_here:
+    for words, template in itertools.product(t.groups.values(), asked):
+        for word in words:
             start = _text(template, word, "{outcome}").partition("{outcome}")[0].rstrip()
             ids = [*begin(s.tokenizer), *s.tokenizer.encode(start)][-max(1, s.longest - TOKENS) :]
             prompts += [ids] * times

@@ -174,8 +174,7 @@ def write(
     """
     if dtype not in DTYPES:
         raise LmtrainError(f"--dtype is {dtype!r}; it takes {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise LmtrainError(f"--to {to}: is there already, and nothing is overwritten. Take another name.")
+    check_free(to)
     name, values = choose(m, kind)
     half = to.with_name(f"{to.name}.partial")
     shutil.rmtree(half, ignore_errors=True)
@@ -197,6 +196,12 @@ def write(
         shutil.rmtree(half, ignore_errors=True)
         raise
     return name
+
+
+def check_free(to: pathlib.Path) -> None:
+    """Refuses a folder that holds something."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise LmtrainError(f"--to {to}: is there already, and nothing is overwritten. Take another name.")
 
 
 def _write_tensors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -73,7 +72,7 @@ class Fields:
         """Takes a field that may have only these values, the first of which stands for its absence."""
         self._taken.add(name)
         value = self.values.get(name, allowed[0])
-        if value not in allowed or any(value == a and type(value) is not type(a) for a in allowed if value == a):
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):  # True is not 1
             said = " or ".join(repr(a) for a in allowed)
             raise self.error(f"{name} is {value!r}, which lmtrain's models cannot do; it takes {said}.")
 
@@ -122,7 +121,8 @@ def read_rope(
             scaling = dict(scaling["full_attention"])
         theta, share = scaling.pop("rope_theta", theta), scaling.pop("partial_rotary_factor", share)
     named, older = scaling.pop("rope_type", None), scaling.pop("type", None)
-    kind = {"su": "longrope", "mrope": "mrope"}.get(named or older or "default", named or older or "default")
+    kind = named or older or "default"
+    kind = "longrope" if kind == "su" else kind  # Phi 3's first name for it
     if kind not in ROPE_KEYS:
         hint = nearest(str(kind), ROPE_KEYS)
         raise f.error(f"rope scaling {kind!r} is not understood; lmtrain has {', '.join(ROPE_KEYS)}.{hint}")
@@ -237,8 +237,3 @@ def layer_types(m: Model) -> list[str]:
     """The kind of every layer, in Hugging Face's words."""
     word = (m.pattern * m.layers)[: m.layers]
     return [{"G": "full_attention", "W": "sliding_attention"}[kind] for kind in word]
-
-
-def closest(name: str, names: Collection[str]) -> str:
-    """The nearest of `names`, or ""."""
-    return next(iter(difflib.get_close_matches(name, sorted(names), 1)), "")

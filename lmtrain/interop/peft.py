@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmtrain.interop.export import check_free
 from lmtrain.interop.families import FAMILIES, Weight
 from lmtrain.interop.layout import Part, tensors_of
 from lmtrain.models import lora
@@ -40,8 +41,7 @@ def write(to: pathlib.Path, kind: str, base: str, m: Model, params: Params) -> N
 
     if not m.lora.rank:
         raise LmtrainError("--adapter: this model has no adapters (model.lora.rank is 0); export it without.")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise LmtrainError(f"--to {to}: is there already, and nothing is overwritten. Take another name.")
+    check_free(to)
     family = FAMILIES[kind]
     held: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}

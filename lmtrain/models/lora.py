@@ -91,7 +91,7 @@ def merged(cfg: schema.Lora, w: jax.Array, a: jax.Array, b: jax.Array, gain: jax
     moved = flat + strength(cfg) * delta
     if gain is not None:
         lengths = jnp.linalg.norm(flat, axis=-2, keepdims=True) / jnp.linalg.norm(moved, axis=-2, keepdims=True)
-        moved = moved * lengths * gain.reshape(*stack, 1, -1)
+        moved = moved * jax.lax.stop_gradient(lengths) * gain.reshape(*stack, 1, -1)
     return moved.reshape(w.shape).astype(w.dtype)
 
 

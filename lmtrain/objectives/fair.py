@@ -23,12 +23,12 @@ __all__ = ["even", "group_dro"]
 class GroupDro(Pretrain):
     """Settings of `group_dro`, besides those of pretraining."""
 
-    cells: int = 4  # of data.groups times data.outcomes
+    cells: int = 0  # 0: as many as data.groups times data.outcomes
     step_size: float = 1.0  # eta: how much more a worse cell weighs; 0: all cells weigh the same
 
     def __post_init__(self):
         super().__post_init__()
-        common.within(self, cells=(2, None), step_size=(0, None))
+        common.within(self, cells=(0, None), step_size=(0, None))
 
 
 def group_dro(forward: Any, params: Params, batch: Batch, cfg: GroupDro) -> common.Return:

@@ -229,3 +229,20 @@ def test_the_fields_of_a_model_all_count_when_two_are_compared():
     a = model("llama")
     assert export.differences(a, dataclasses.replace(a, norm_eps=1e-4)) == ["norm_eps"]
     assert export.differences(a, dataclasses.replace(a, remat="full", window=0)) == []
+
+
+def test_a_copy_is_the_same_model_and_a_changed_weight_is_another(sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "m", copy_function=shutil.copyfile)  # with dates of its own
+    first = huggingface.open_folder(str(sound)).identity
+    assert huggingface.open_folder(str(tmp_path / "m")).identity == first
+    tensors(tmp_path / "m", lambda t: t.update({NORM: t[NORM] + 1}))
+    assert huggingface.open_folder(str(tmp_path / "m")).identity != first
+
+
+def test_a_whole_number_may_be_written_for_a_real_one_but_not_for_a_bool(sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "m")
+    config(tmp_path / "m", pretraining_tp=1.0)
+    huggingface.open_folder(str(tmp_path / "m"))
+    config(tmp_path / "m", pretraining_tp=True)
+    with pytest.raises(LmtrainError, match="pretraining_tp is True"):
+        huggingface.open_folder(str(tmp_path / "m"))

@@ -164,3 +164,24 @@ def test_a_stored_model_with_adapters_is_read_back():
 
     cfg = model("dora")
     assert origins.stored_model({"model": dataclasses.asdict(cfg)}) == cfg
+
+
+def test_doras_lengths_are_constants_in_experts_as_in_other_matrices():
+    """The gradient of a merged matrix and of the two thin products is the same."""
+    cfg = Lora(4, dora=True)
+    rng = np.random.default_rng(0)
+    x, w, a, b, gain = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 16), (16, 12), (16, 4), (4, 12), 12))
+
+    class Own:
+        pass
+
+    def thin(a, b, gain):
+        own = Own()
+        own.a, own.b, own.gain = a, b, gain
+        return jnp.sin(lora.apply(cfg, x @ w, x, w, own)).sum()
+
+    whole = lambda a, b, gain: jnp.sin(x @ lora.merged(cfg, w, a, b, gain, 1)).sum()  # noqa: E731
+    for got, expected in zip(
+        jax.grad(whole, (0, 1, 2))(a, b, gain), jax.grad(thin, (0, 1, 2))(a, b, gain), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4)

@@ -99,3 +99,17 @@ def test_even_ends_where_both_replies_are_equally_likely_and_as_likely_as_before
         params = jax.tree.map(lambda p, g: p - 0.02 * g, params, descend(params))
     after = even(toy.Bigram(), params, batch, Even())[2]
     assert float(before["gap"][0]) > 0.3 and float(after["gap"][0]) < 0.02 and abs(float(after["kept"][0])) < 0.02
+
+
+def test_the_number_of_cells_is_that_of_the_data_and_no_other():
+    from lmtrain import config, feeds
+
+    def stage(**loss):
+        data = config.data("text", path="x", groups=("he", "she", "they"), outcomes=("rich", "poor"))
+        c = config.experiment()
+        c.stages.a = config.stage(objective="group_dro", data=data, loss=loss)
+        return config.build(c).stages["a"]
+
+    assert feeds.settled(stage()).loss.cells == 6
+    with pytest.raises(ConfigError, match="loss.cells is 4, but data.groups times data.outcomes are 6"):
+        feeds.settled(stage(cells=4))

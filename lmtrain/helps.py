@@ -1,0 +1,72 @@
+"""What the command's longer --help pages say, and every field of an experiment, read off schema.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+
+from lmtrain import schema
+
+RUN = """Runs the stages of an experiment in order. Run again, it goes on where it stopped, to the bit.
+SIGTERM and Ctrl-C save first (exit status 75). Any setting is changed by --config.PATH=VALUE:
+
+  lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
+  lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.path=books/
+  lmtrain run ... --config.mesh.fsdp=2 --config.mesh.tensor=2"""
+
+
+CHECK = """Says which lines of a fine-tuning file lmtrain can train on, and what is wrong with each other one: its
+file and line, the reason, what was expected. Exit status 0: all lines are good; 2: one is bad.
+
+  lmtrain check train.jsonl
+  lmtrain check prompts.jsonl --kind reinforcement --grader grader.json --json report.json
+
+supervised      {"messages": [..., an assistant's], "tools": [...], "parallel_tool_calls": true}
+preference      {"input": {"messages": [...]}, "preferred_output": [message], "non_preferred_output": [message]}
+reinforcement   {"messages": [..., a user's], and fields that the grader reads}
+
+The good lines are trained on with data.source=openai (supervised, preference) and the task openai (reinforcement)."""
+
+
+EVAL = """Scores a model. Every score stands with its 95 % interval (percentile bootstrap over rows) and its number of
+rows; docs/evaluation.md says what each means. Suites:
+
+  accuracy       tasks answered and scored; multiple choice by log-likelihood
+  fluency        bits per byte of held-out text, and how generated text repeats itself
+  coherence      the true continuation against shuffled and foreign ones; consistency in a chat
+  overfitting    loss on rows learned from against held-out rows, with an alarm
+  contamination  evaluation rows that stand in the training data
+  bias           how differently groups are treated, by --bias; with intervals; not part of all
+  harness        lm-evaluation-harness's tasks (--tasks), where it is installed; not part of all
+
+  lmtrain eval runs/quickstart
+  lmtrain eval runs/quickstart/pretrain --suite fluency,coherence --text book.txt
+  lmtrain eval runs/mine --suite accuracy,contamination --tasks "multiple_choice(path='exam.jsonl')"
+  lmtrain eval runs/mine --suite harness --tasks exam --include_path my_tasks/"""
+
+
+def fields_help() -> str:
+    """Every field with its default and meaning, read off schema.py."""
+    lines = ["settings (--config.PATH=VALUE):"]
+
+    def show(cls: type, path: str) -> None:
+        notes = {}
+        for line in inspect.getsource(cls).splitlines():
+            name, _, rest = line.strip().partition(":")
+            if "#" in rest:
+                notes[name] = rest.split("#", 1)[1].strip()
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[f.name]) and isinstance(hints[f.name], type):
+                show(hints[f.name], f"{path}{f.name}.")
+            elif f.name != "stages":
+                default = f.default if f.default is not dataclasses.MISSING else "{}"
+                lines.append(f"  {f'{path}{f.name}={default!r}':<52}  {notes.get(f.name, '')}".rstrip())
+
+    show(schema.Experiment, "")
+    lines.append("  a training stage:")
+    show(schema.Stage, "stages.NAME.")
+    lines.append("  a tokenizer stage:")
+    show(schema.Tokenizer, "stages.tokenizer.")
+    return "\n".join(lines).replace("%", "%%")
