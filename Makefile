@@ -40,7 +40,7 @@ clean:
 $(BIN)/python:
 	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) $(VENV); else $(PYTHON) -m venv $(VENV); fi
 
-$(VENV)/.run: EXTRAS = report,tensorboard
+$(VENV)/.run: EXTRAS = chat,report,tensorboard
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing lmtrain into $(VENV) (once)"
 	@$(INSTALL)
