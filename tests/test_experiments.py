@@ -84,7 +84,7 @@ def test_the_stages_of_a_recipe(files, case):
         ("creative_writing.py", ["name a text"]),
         ("creative_writing.py:path=nowhere.txt", ["nowhere.txt", "no such file"]),
         ("code_generation.py:path=nowhere.json", ["nowhere.json", "no such file"]),
-        ("code_generation.py:tests=nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+        ("code_generation.py:tests=nowhere.jsonl,demonstrations=0", ["nowhere.jsonl", "no such file"]),
         ("code_generation.py:step=3", ["step"]),
     ],
 )

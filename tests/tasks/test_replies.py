@@ -64,7 +64,9 @@ def test_turns_that_are_no_reply_are_passed_over(tmp_path):
             say("tool", "done", tool_call_id="1"), say("assistant", "Booked.", weight=1), say("user", "Bye"),
             say("assistant", "Bye now", weight=0)]  # fmt: skip
     other = [say("user", "Hi"), say("assistant", "Hi.")]
-    task = tasks.get(f"replies(path={write(tmp_path / 'a.jsonl', [{'messages': talk}, {'messages': other}])!r})")
+    task = tasks.get(
+        f"replies(path={write(tmp_path / 'a.jsonl', [{'messages': talk}, {'messages': other}])!r}, turn='last')"
+    )
     assert {row["reply"] for side in ("train", "heldout") for row in task.rows(side)} == {"Booked.", "Hi."}
 
 
