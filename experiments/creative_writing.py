@@ -11,7 +11,7 @@ from lmtrain.schema import ConfigError
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, path="", init="", prompt="", pretrain=200, steps=600, row_length=128, heldout=0.1, temperature=0.8,
+        arg, path="", init="", prompt="", pretrain=150, steps=400, row_length=128, heldout=0.1, temperature=0.8,
         rows=64,
     )  # fmt: skip
     if not a.path:
@@ -31,8 +31,8 @@ def get_config(arg=""):
         init_from=a.init,
         steps=a.steps,
         batch_size=16,
-        eval_every=250,
-        checkpoint_every=250,
+        eval_every=100,
+        checkpoint_every=100,
         prompts=("", a.prompt) if a.prompt else ("",),
         sample_tokens=200,
         sample_temperature=a.temperature,
