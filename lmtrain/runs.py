@@ -76,9 +76,8 @@ class Run:
         self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, stop: Sequence[str] = (), **sampling: Any
     ) -> Iterator[str]:
         """The same, piece by piece. Bytes of an unfinished character, or what may begin a stop text, wait for more."""
-        end = self.tokenizer.special("<|endoftext|>")
-        how = engine.Sampling(tokens, temperature, stop=(end,), stop_texts=tuple(stop), **sampling)
-        ids = [end, *self.tokenizer.encode(prompt)]
+        how = engine.Sampling(tokens, temperature, stop=(self.tokenizer.end,), stop_texts=tuple(stop), **sampling)
+        ids = [self.tokenizer.begin, *self.tokenizer.encode(prompt)]
         held = ""
         drawn = engine.stream(self.model, self.params, ids, how, decode=self.tokenizer.decode)
         for piece in self.tokenizer.pieces(drawn):

@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 
 def begin(tokenizer: Tokenizer) -> list[int]:
     """What every text begins with, in training and here."""
-    return [tokenizer.end]
+    return [tokenizer.begin]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
