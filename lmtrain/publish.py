@@ -142,8 +142,9 @@ def texts(run: runs.Run) -> dict[str, str]:
     names = {i: name for name, i in run.tokenizer.specials.items()}
     begin, pad, ends = run.tokenizer.begin, run.tokenizer.pad, stops(run)
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": run.tokenizer.backend.id_to_token(begin), "eos_token": names[ends[0]],
-        "pad_token": names[pad], "clean_up_tokenization_spaces": False, "model_max_length": 1 << 30,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": run.tokenizer.backend.id_to_token(begin),
+        "eos_token": names[ends[0]], "pad_token": names[pad], "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
     }  # fmt: skip
     generation = {"bos_token_id": begin, "eos_token_id": ends, "pad_token_id": pad, "do_sample": True}
     made = {

@@ -135,7 +135,7 @@ class Tokenizer:
         bare, dressed = (self.backend.encode(probe, add_special_tokens=flag).ids for flag in (False, True))
         before = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)]
         if len(before) > 1:
-            names = " ".join(self.backend.id_to_token(i) for i in before)
+            names = " ".join(str(self.backend.id_to_token(i)) for i in before)
             raise LmtrainError(f"{self.source}: puts {names} before a text; documents begin with one token")
         return before[0] if before else self.end
 

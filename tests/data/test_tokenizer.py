@@ -267,7 +267,7 @@ def test_documents_begin_with_what_the_vocabulary_puts_before_a_text(processor, 
     again = tokenizer.load(tmp_path / "again")
     assert again.begin == tok.begin and again.fingerprint == tok.fingerprint
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
-    assert theirs.encode("abc").ids == [tok.begin][: own] + tok.encode("abc")
+    assert theirs.encode("abc").ids == [tok.begin][:own] + tok.encode("abc")
 
 
 def test_another_beginning_is_another_vocabulary(tmp_path):
@@ -277,6 +277,8 @@ def test_another_beginning_is_another_vocabulary(tmp_path):
 
 
 def test_a_beginning_that_cannot_be_is_named(tmp_path):
-    two = processors.TemplateProcessing(single="<s> <|user|> $A", special_tokens=[("<s>", BPE.vocab_size), ("<|user|>", 3)])
+    two = processors.TemplateProcessing(
+        single="<s> <|user|> $A", special_tokens=[("<s>", BPE.vocab_size), ("<|user|>", 3)]
+    )
     with pytest.raises(LmtrainError, match=r"puts .* <\|user\|> before a text; documents begin with one token"):
         _ = tokenizer.load(with_start(tmp_path, two)).begin

@@ -270,7 +270,9 @@ def test_a_text_begins_as_transformers_begins_it(written, add, tmp_path):
         tok.backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
     tok.save(tmp_path)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | ({} if add is None else {"add_bos_token": add})))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if add is None else {"add_bos_token": add}))
+    )
     ours = tokenizer.load(tmp_path)
     begin = [ours.begin] if ours.begin != ours.end else []
     theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
