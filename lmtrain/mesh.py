@@ -22,15 +22,16 @@ from lmtrain import schema
 from lmtrain.types import Array, Batch, nearest
 
 #: Axes of the mesh, slowest network first. `data` may span several slices (DCN); the rest stay within one.
-AXES = ("data", "fsdp", "tensor", "context", "expert")
+AXES = ("stage", "data", "fsdp", "tensor", "context", "expert")
 
-#: The mesh axes that split the rows of a batch.
-BATCH_AXES = ("data", "fsdp", "expert")
+#: The mesh axes that split the rows of a batch, in the order of AXES. (Rows pass from stage to stage only within the
+#: layers, models/pipeline.py; before and after, each stage has rows of its own.)
+BATCH_AXES = ("stage", "data", "fsdp", "expert")
 
 #: Logical axis -> the mesh axes that split it. Those split nowhere are listed too, so that a misspelt one is found.
 RULES: dict[str, tuple[str, ...]] = {
     # of parameters
-    "layers": (),
+    "layers": ("stage",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -106,14 +107,14 @@ def make(cfg: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
         raise schema.ConfigError(f"mesh.dcn_data is {networks}, but the devices form {slices} slices; set it to that.")
     if sizes["data"] % networks:
         raise schema.ConfigError(f"mesh.data is {sizes['data']}, which mesh.dcn_data={networks} does not divide.")
-    inner = (sizes["data"] // networks, *shape[1:])
-    outer = (networks, 1, 1, 1, 1)
+    outer = tuple(networks if axis == "data" else 1 for axis in AXES)
+    inner = tuple(n // m for n, m in zip(shape, outer, strict=True))
     if slices == networks:
         array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     else:
         # CPUs and GPUs know no slices: a slow network then joins equal runs of processes.
         devices.sort(key=lambda d: (d.process_index, d.id))
-        array = np.array(devices).reshape(shape)
+        array = np.moveaxis(np.array(devices).reshape(networks, *inner), 0, AXES.index("data")).reshape(shape)
     return _auto(array)
 
 
@@ -138,7 +139,7 @@ def spec(axes: Axes, mesh: jax.sharding.Mesh) -> PartitionSpec:
     for name in axes:
         if name is not None and name not in RULES:
             raise ValueError(f"{name!r} is not a logical axis.{nearest(name, RULES)} (mesh.RULES: {', '.join(RULES)})")
-        split = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in taken) if name else ()
+        split = tuple(a for a in RULES.get(name, ()) if mesh.shape.get(a, 1) > 1 and a not in taken) if name else ()
         taken.update(split)
         parts.append(split[0] if len(split) == 1 else split or None)
     return PartitionSpec(*parts)
@@ -200,7 +201,7 @@ def is_axes(x: Any) -> bool:
 # -------------------------------------------------------------------------------------------------------------- batch
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """How many ways the rows of a batch are split."""
-    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+    return math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES)
 
 
 @functools.lru_cache(maxsize=16)  # asked for at every batch, and slow for thousands of devices
@@ -239,7 +240,7 @@ def batch_axes(name: str, ndim: int) -> Axes:
 def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     """This process's part of a batch (NumPy) -> the global batch, split over the mesh.
 
-    Every array's name ends in its shape (`tokens_BT`): B is split over data, fsdp and expert, T over context. Each
+    Every array's name ends in its shape (`tokens_BT`): B is split over stage, data, fsdp and expert, T over context. Each
     process passes its own rows (see `share`), of the full length T.
 
     Raises:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from lmtrain import schema
 from lmtrain.mesh import constrain, is_axes
-from lmtrain.models import head
+from lmtrain.models import head, pipeline
 from lmtrain.models import params as p
 from lmtrain.models.attention import Attention, keeps, platform
 from lmtrain.models.head import Ends, TokenLosses
@@ -265,8 +265,55 @@ class Forward:
         if cache is not None:  # worked out once for all layers, not again wherever they are used
             scaled, local = jax.lax.optimization_barrier((scaled, local))
         count, body, tail = groups(cfg)
+        rows = (scaled, local, segments_BT, real_BT)
+        kept = isinstance(params["layers"], tuple) or cache is not None
+        stages = 0 if kept else pipeline.microbatches(cfg, self.mesh, len(tokens_BT))
+        if stages:
+            assert self.mesh is not None
+            pipeline.check(cfg, count, self.mesh)
+            within = dataclasses.replace(self, mesh=pipeline.inside(self.mesh))
+            part = functools.partial(within._layers, body)
+            x_BTD, aux = pipeline.run(part, params["layers"], x_BTD, rows, self.mesh, stages, cfg.rounds)
+            x_BTD = constrain(x_BTD, ("batch", "length", "act_embed"), self.mesh)
+            new = {}
+        elif kept or self.loops(count):
+            run = self._group(body, prevent_cse=True)
+            aux, out = jnp.zeros((), jnp.float32), []
+            for i, weights in enumerate(unstack(params)["layers"]):
+                here = None if cache is None else cache["layers"][i]
+                x_BTD, a, kv = run(x_BTD, weights, rows, here, index_BT)
+                aux += a
+                out.append(kv)
+            new = {"layers": tuple(out)}
+        else:
+            (x_BTD, aux), new = self._layers(body, params["layers"], x_BTD, rows), {}
+        if tail:
+            weights = jax.tree.map(lambda w: w[0], params["tail"])
+            kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
+            x_BTD, a, kv = self._group(tail, prevent_cse=True)(x_BTD, weights, rows, kv, index_BT)
+            aux += a
+            new["tail"] = jax.tree.map(lambda c: c[None], kv)
+        return ends.norm(x_BTD), aux, None if cache is None else new
 
-        def group(kinds, x_BTD, weights, cache):
+    def _layers(self, kinds: str, stack: Params, x_BTD, rows) -> tuple[jax.Array, jax.Array]:
+        """Some groups of layers, their parameters stacked, by a scan: (x [B, T, D], router losses)."""
+        run = self._group(kinds, prevent_cse=False)
+
+        def step(carry, weights):
+            x_BTD, a, _ = run(carry[0], weights, rows)
+            return (x_BTD, carry[1] + a), None
+
+        count = len(jax.tree.leaves(stack)[0])
+        start = (x_BTD, jnp.zeros((), jnp.float32))
+        return jax.lax.scan(step, start, stack, unroll=self._unroll(count))[0]
+
+    def _group(self, kinds: str, prevent_cse: bool) -> Callable[..., Any]:
+        """(x, weights, rows, cache=None, index=None) -> (x, router losses, cache or None) of one group of layers,
+        rematerialised as the configuration says. rows: (tables, those of windowed layers, segments, which are real)."""
+        cfg = self.cfg
+
+        def run(x_BTD, weights, rows, cache=None, index_BT=None):
+            scaled, local, segments_BT, real_BT = rows
             aux, out, weights = jnp.zeros((), jnp.float32), {}, dequantised(weights)
             for i, kind in enumerate(kinds):
                 block = p.merge(_graph(cfg, kind), weights[str(i)])
@@ -276,40 +323,12 @@ class Forward:
                 aux += a
             return x_BTD, aux, None if cache is None else out
 
-        loop = cache is not None or isinstance(params["layers"], tuple) or self.loops(count)
-
-        def rematerialised(kinds: str, prevent_cse: bool) -> Callable[..., Any]:
-            run = functools.partial(group, kinds)
-            if cfg.remat == "none":
-                return run
-            policies = jax.checkpoint_policies
-            products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
-            policy = products if cfg.remat == "dots" else policies.nothing_saveable
-            return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
-
-        run = rematerialised(body, prevent_cse=loop)
-        aux, new = jnp.zeros((), jnp.float32), {}
-        if loop:
-            out = []
-            for i, weights in enumerate(unstack(params)["layers"]):
-                x_BTD, a, kv = run(x_BTD, weights, None if cache is None else cache["layers"][i])
-                aux += a
-                out.append(kv)
-            new["layers"] = tuple(out)
-        else:
-
-            def step(carry, weights):
-                x_BTD, a, _ = run(carry[0], weights, None)
-                return (x_BTD, carry[1] + a), None
-
-            (x_BTD, aux), _ = jax.lax.scan(step, (x_BTD, aux), params["layers"], unroll=self._unroll(count))
-        if tail:
-            weights = jax.tree.map(lambda w: w[0], params["tail"])
-            kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
-            x_BTD, a, kv = rematerialised(tail, prevent_cse=True)(x_BTD, weights, kv)
-            aux += a
-            new["tail"] = jax.tree.map(lambda c: c[None], kv)
-        return ends.norm(x_BTD), aux, None if cache is None else new
+        if cfg.remat == "none":
+            return run
+        policies = jax.checkpoint_policies
+        products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
+        policy = products if cfg.remat == "dots" else policies.nothing_saveable
+        return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
 
     def _ends(self, params: Params) -> Ends:
         ends = {k: v for k, v in params.items() if k not in ("layers", "tail")}

@@ -79,6 +79,19 @@ def test_mixture_of_experts(sizes):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        (dict(stage=4), {}),
+        (dict(stage=2, data=2, fsdp=2), dict(microbatches=4)),
+        (dict(stage=2), dict(rounds=2)),
+    ],
+    ids=str,
+)
+def test_stages(sizes, fields):
+    same(tiny(layers=8, **fields), sizes)
+
+
+@pytest.mark.parametrize(
     "sizes", [dict(context=4, tensor=2), pytest.param(dict(fsdp=2, context=2, data=2), marks=pytest.mark.slow)], ids=str
 )
 def test_scanned_rematerialised_and_in_chunks(sizes):
