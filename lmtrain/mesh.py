@@ -32,6 +32,7 @@ BATCH_AXES = ("stage", "data", "fsdp", "expert")
 RULES: dict[str, tuple[str, ...]] = {
     # of parameters
     "layers": ("stage",),
+    "tail": (),  # layers left over where the pattern does not divide them
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # of activations
     "batch": BATCH_AXES,
     "length": ("context",),
+    "residual": ("context", "tensor"),  # positions between the layers' products (Korthikanti et al. 2022)
     "kv_length": (),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -122,6 +124,12 @@ def _auto(device_array: np.ndarray) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """cpu, gpu or tpu: the mesh's devices (which may be described, not present), else JAX's default."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def divisors(n: int) -> str:
     """The divisors of a number, for an error message: "1, 2, 4"."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
@@ -167,6 +175,14 @@ def constrain(x: jax.Array, axes: Axes, mesh: jax.sharding.Mesh | None) -> jax.A
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
+
+
+def residual(x_BTD: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Pins what passes from layer to layer: its positions are split over the tensor axis too, where they divide, so
+    that norms and what is kept of them are not repeated there. A product then gathers positions and scatters sums."""
+    ways = 1 if mesh is None else mesh.shape["context"] * mesh.shape["tensor"]
+    length = "residual" if x_BTD.shape[1] % ways == 0 else "length"
+    return constrain(x_BTD, ("batch", length, "act_embed"), mesh)
 
 
 def check_shapes(shapes_tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> None:
@@ -240,8 +256,8 @@ def batch_axes(name: str, ndim: int) -> Axes:
 def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     """This process's part of a batch (NumPy) -> the global batch, split over the mesh.
 
-    Every array's name ends in its shape (`tokens_BT`): B is split over stage, data, fsdp and expert, T over context. Each
-    process passes its own rows (see `share`), of the full length T.
+    Every array's name ends in its shape (`tokens_BT`): B is split over BATCH_AXES, T over context. Each process
+    passes its own rows (see `share`), of the full length T.
 
     Raises:
       ConfigError: where the rows or positions do not divide.

@@ -1,10 +1,10 @@
-"""Layers in stages: each device of the mesh's stage axis holds a part of the layers, and microbatches pass through them.
+"""Layers in stages: each device of the stage axis holds a part of the layers, and microbatches pass through them.
 
     S stages, R rounds, G layer groups (P = G / (S * R) of them at a time), M microbatches (J = M / S beside each stage)
     B rows, b rows of one microbatch, T positions, D width
 
-All stages work at once, each on a microbatch of its own: one vmap over the stage axis, after which every result moves on
-to the next stage (a collective permute). With R rounds a stage holds R runs of P groups, S * P groups apart, and a
+All stages work at once, each on a microbatch of its own: one vmap over the stage axis, after which every result moves
+on to the next stage (a collective permute). With R rounds a stage holds R runs of P groups, S * P groups apart, and a
 microbatch goes round R times: the circular schedule (Narayanan et al. 2021, "interleaved"; praxis, MaxText), which
 leaves (S - 1) / (M * R + S - 1) of the time unused. Gradients are autodiff's: the same belt, backwards.
 
@@ -131,5 +131,7 @@ def run(
     (belt, _, aux), _ = jax.lax.scan(tick, start, jnp.arange(M * R + S - 1))
     # The last S - 1 ticks have moved some places on: back to where each began.
     more = (S - 1) % J
-    belt = jnp.concatenate([jnp.roll(belt[:, :more], after + 1, axis=0), jnp.roll(belt[:, more:], after, axis=0)], axis=1)
+    belt = jnp.concatenate(
+        [jnp.roll(belt[:, :more], after + 1, axis=0), jnp.roll(belt[:, more:], after, axis=0)], axis=1
+    )
     return jnp.swapaxes(belt, 1, 2).reshape(x_BTD.shape), aux
