@@ -116,7 +116,9 @@ def _suites(
     )
     out: dict[str, dict[str, Any]] = {}
     for begin, (origin, data) in start_of(e, cfg, tok, folder).items():
-        opened = runs.Run(folder, begin, {}, origin.model, tok, origin.load(None), 0)
+        onto = evaluate.spread(origin.model)
+        params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None)
+        opened = runs.Run(folder, begin, {}, origin.model, tok, params, 0, onto)
         seen = dataclasses.replace(settings, row_length=length or data.row_length)
         found = evaluate.evaluate(opened, ",".join(cfg.suites), seen)
         out[START] = {n: score for result in found.values() for n, score in result.json()["scores"].items()}
