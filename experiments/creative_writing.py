@@ -11,7 +11,7 @@ from lmtrain.schema import ConfigError
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, path="", init="", prompt="", pretrain=100, steps=300, row_length=128, heldout=0.1, temperature=0.8,
+        arg, path="", init="", prompt="", pretrain=150, steps=400, row_length=128, heldout=0.1, temperature=0.8,
         rows=64,
     )  # fmt: skip
     if not a.path:

@@ -1,8 +1,15 @@
-"""Customer service: learn an agent's turns from dialogues in a file, then be rewarded for saying what agents say.
+"""Customer service: learn the agents' turns of dialogues in a file; how near do the replies come to the real ones?
 
     lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl --workdir runs/service
     lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
 
+The file holds conversations in any format that SFT reads (docs/chat-data.md; `source=openai` and so on); 15 in 100 are
+held out whole. Of these, one turn of the agent's each is to be said (lmtrain/tasks/replies.py), sampled and likeliest, and
+compared with the real one (`metric`, ROUGE-L by default). `rl=20` adds reinforcement by that likeness.
+
+0.92M parameters, 7 minutes of CPU time, half as long on two idle cores. Measured with 1,200 dialogues, one seed: held-out
+bits per byte 4.14 -> 1.32 (gzip -9 2.33); ROUGE-L of the likeliest reply 0 -> 15.1 % (11.8 to 18.7), sampled 0.1 -> 8.2.
+20 steps of RL gained nothing sure (14.6 and 8.7 %) and cost bits: 1.35. For that the model has to know more first.
 """
 
 from lmtrain import config
@@ -11,7 +18,7 @@ from lmtrain.schema import ConfigError
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, path="", source="jsonl", init="", pretrain=200, sft=250, rl=20, row_length=512, heldout=0.15,
+        arg, path="", source="jsonl", init="", pretrain=200, sft=250, rl=0, row_length=512, heldout=0.15,
         metric="rouge_l", group=8, rows=128,
     )  # fmt: skip
     if not a.path:

@@ -39,7 +39,7 @@ def files(tmp_path, monkeypatch):
 
 
 CASES = {
-    "customer_service": ("path=talks.jsonl,rows=4", ["pretrain", "sft", "rl"]),
+    "customer_service": ("path=talks.jsonl,rows=4,rl=20", ["pretrain", "sft", "rl"]),
     "creative_writing": ("path=book.txt,rows=4", ["pretrain", "write"]),
     "code_generation": ("rows=2,samples=1", ["pretrain", "demonstrations", "rl"]),
     "code_generation, files": (
