@@ -4,7 +4,7 @@
     lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
 
 The file holds conversations in any format that SFT reads (docs/chat-data.md; `source=openai` and so on); 15 in 100 are
-held out whole. Of each of these one turn of the agent's is to be said (lmtrain/tasks/replies.py), sampled and likeliest,
+held out whole. Of each, one turn of the agent's is to be said (lmtrain/tasks/replies.py), sampled and likeliest,
 and compared with the real one (`metric`, ROUGE-L by default). `rl=20` adds reinforcement by that likeness.
 
 0.92M parameters; 11 minutes of CPU time with RL, which two idle cores share. Measured with 1,200 dialogues, one seed:
