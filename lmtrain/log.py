@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -158,6 +160,13 @@ def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
             os.replace(half, file)
 
 
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(file)
+
+
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("utf-8")
 
@@ -264,6 +273,11 @@ class Meter:
       peak: FLOP/s of one device; None: MFU is not known.
       devices: how many work together; None: all.
       window: steps that the rates are averaged over.
+
+    Attributes:
+      steps: noted so far.
+      seconds: that they took, without pauses and without those that `restart` let go.
+      pausing: whether a pause is going on.
     """
 
     def __init__(
@@ -276,24 +290,49 @@ class Meter:
         self.flops_per_token = flops_per_token
         self.peak = peak * (jax.device_count() if devices is None else devices) if peak else None
         self._ends: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
+        self._own: collections.deque[float] = collections.deque(maxlen=window)
         self._paused = 0.0
+        self.pausing = False
+        self.steps = 0
+        self.seconds = 0.0
 
-    def restart(self) -> None:
-        """Forgets the steps so far."""
+    def restart(self, forget: bool = False) -> None:
+        """Lets go of the steps so far; with `forget` of their seconds too, for they did not count."""
         self._ends.clear()
+        self.seconds = 0.0 if forget else self.seconds
 
     def step(self, tokens: int) -> None:
         """Notes that a step of so many tokens (all devices together) has ended."""
-        self._ends.append((time.monotonic() - self._paused, tokens))
+        now = time.monotonic() - self._paused
+        self.seconds += now - self._ends[-1][0] if self._ends else 0.0
+        self.steps += 1
+        self._ends.append((now, tokens))
+
+    def ready(self) -> None:
+        """Notes that this host is about to start a step: what passed since the last one ended is the host's own time,
+        in which all others wait for it."""
+        if self._ends:
+            self._own.append(time.monotonic() - self._paused - self._ends[-1][0])
+
+    def median(self) -> float | None:
+        """Seconds of the median step of the last ones; None while there are too few."""
+        ends = list(self._ends)
+        return statistics.median(b[0] - a[0] for a, b in itertools.pairwise(ends)) if len(ends) > 1 else None
+
+    def status(self) -> dict[str, Any]:
+        """What a host tells the others: steps, the median's seconds, and how many of them are its own."""
+        own = list(self._own)
+        return {"step": self.steps, "whole": self.median(), "own": statistics.median(own) if own else None}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (an evaluation, a save) does not count."""
-        begin = time.monotonic()
+        begin, self.pausing = time.monotonic(), True
         try:
             yield
         finally:
             self._paused += time.monotonic() - begin
+            self.pausing = False
 
     def rates(self) -> tuple[float | None, float | None]:
         """(tokens/s, MFU), each None while it is not known. MFU: model FLOP/s over the peak of all devices."""

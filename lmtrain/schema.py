@@ -271,6 +271,8 @@ class Experiment:
     seed: int = 0
     mesh: Mesh = Mesh()
     tensorboard: bool = True
+    watchdog: float = 20.0  # no step within so many median ones: the stacks of all threads, and the end; 0: never
+    watchdog_least: float = 600.0  # seconds that the watchdog waits at least: a compilation is no hang
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order
 
 

@@ -31,8 +31,24 @@ ROOMS = {
     "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
+    "goodput": {"types", "log"},
+    "hosts": BASE,
     "train": BASE
-    | {"data", "models", "objectives", "optim", "partial", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
+    | {
+        "goodput",
+        "hosts",
+        "data",
+        "models",
+        "objectives",
+        "optim",
+        "partial",
+        "step",
+        "checkpoint",
+        "engine",
+        "eval",
+        "rollout",
+        "tasks",
+    },
 }
 ANYTHING = {
     "experiment",
