@@ -85,8 +85,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
         return
     roll = Roll(place, socket.gethostname())
     try:
-        roll.agree(agree.row(e, folder), agree.difference)
-        agree.sees_same_folder(roll, folder)
+        agree.compare(roll, e, folder)
         roll.start()
         if not jax.distributed.is_initialized():
             jax.config.update("jax_cpu_collectives_implementation", "gloo")

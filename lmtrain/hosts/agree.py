@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import secrets
@@ -14,9 +15,25 @@ import jax
 
 from lmtrain import config, schema
 from lmtrain.hosts.roll import Roll
+from lmtrain.types import LmtrainError
 
 SKEW = 10.0  # seconds that two clocks may differ by: file times and storage credentials are compared across hosts
 SEEN = 10.0  # seconds that a network file system may take to show a file to another host
+
+
+def compare(roll: Roll, experiment: schema.Experiment, folder: pathlib.Path) -> None:
+    """Refuses, in every process, what is not the same in all of them, and leaves no folder behind that it made.
+
+    Raises:
+      LmtrainError: naming the host.
+    """
+    try:
+        roll.agree(row(experiment, folder), difference)
+        sees_same_folder(roll, folder)
+    except LmtrainError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where it is empty
+        raise
 
 
 def row(experiment: schema.Experiment, folder: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,288 @@
+"""Several processes that train as one, on this machine, as launch/local.sh starts them: the same losses however many,
+and what happens when one of them is killed, stopped, told to stop, or is not like the others."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lmtrain import checkpoint, log
+from lmtrain.hosts import local
+
+pytestmark = pytest.mark.slow
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+STEPS = 30
+TINY = """
+from lmtrain import config
+def get_config(arg=""):
+    c = config.experiment(tensorboard=False)
+    c.stages.tokenizer = config.tokenizer("bytes")
+    c.stages.pretrain = config.stage(
+        steps=30, batch_size=8, log_every=1, eval_every=15, checkpoint_every=5, keep_last=9, samples=0,
+        model=config.model(layers=1, width=16, heads=2), optim=config.optim("adamw", lr=0.003),
+        data=config.data("text", path={text!r}, document="line", row_length=16, heldout_rows=8),
+    )
+    return c
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A configuration's file, and the environment to run it in."""
+    folder = tmp_path_factory.mktemp("hosts")
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "home"]
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=20)) for _ in range(400)))
+    (folder / "tiny.py").write_text(TINY.format(text=str(folder / "text.txt")))
+    return folder / "tiny.py"
+
+
+def environment(tiny):
+    return os.environ | {"PYTHONPATH": str(LAUNCH.parent), "JAX_COMPILATION_CACHE_DIR": str(tiny.parent / "cache")}
+
+
+def start(tiny, workdir, processes, devices, *flags, restarts=0):
+    argv = [LAUNCH / "local.sh", str(processes), "--config", tiny, "--workdir", workdir, *flags]
+    env = environment(tiny) | {"DEVICES": str(devices), "RESTARTS": str(restarts), "PYTHON": sys.executable}
+    return subprocess.Popen(list(map(str, argv)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, status=0, seconds=300):
+    said, _ = process.communicate(timeout=seconds)
+    assert process.returncode == status, said
+    return said
+
+
+def losses(folder):
+    return {m["step"]: m["loss"] for m in log.read_metrics(folder / "pretrain")}
+
+
+def same_losses(a, b):
+    return a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-5
+
+
+def sha(folder):
+    return checkpoint.params_sha256(checkpoint.load_params(folder / "pretrain/checkpoints"))
+
+
+SHAPES = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, tmp_path_factory):
+    """name -> the folder of a run that nothing disturbed, made when first asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"whole-{name}") / "run"
+            finish(start(tiny, made[name], *map(int, name.split("x"))))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("shape", ["2x4", "4x2"])
+def test_processes_lose_what_one_loses(whole, shape):
+    assert len(losses(whole("1x8"))) == STEPS + 1
+    assert same_losses(losses(whole(shape)), losses(whole("1x8")))
+
+
+def cut(folder, to, step):
+    """A copy of a run as it was at a step, as if it had been killed after that checkpoint."""
+    shutil.copytree(folder, to)
+    (to / "summary.json").unlink()
+    for s in checkpoint.steps(to / "pretrain/checkpoints"):
+        if s > step:
+            shutil.rmtree(to / f"pretrain/checkpoints/{s}")
+    log.truncate_jsonl(to / "pretrain/metrics.jsonl", step)
+    return to
+
+
+@pytest.mark.parametrize("before, after", [(a, b) for a in SHAPES for b in SHAPES if a != b])
+def test_a_checkpoint_of_any_number_of_processes_goes_on_with_any_other(tiny, whole, tmp_path, before, after):
+    folder = cut(whole(before), tmp_path / "run", 10)
+    said = finish(start(tiny, folder, *SHAPES[after]))
+    assert "going on from step 10" in said
+    assert same_losses(losses(folder), losses(whole("1x8")))
+
+
+def test_four_processes_then_two_then_four_learn_the_same(tiny, whole, tmp_path):
+    folder = cut(whole("4x2"), tmp_path / "first", 10)
+    finish(start(tiny, folder, 2, 2))
+    folder = cut(folder, tmp_path / "second", 20)
+    finish(start(tiny, folder, 4, 2))
+    assert same_losses(losses(folder), losses(whole("1x8")))
+
+
+# -------------------------------------------------------------------------------------------- killed, told, stopped
+def members(launcher):
+    """The processes that a launcher has started, by their place."""
+    found = {}
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher.pid:
+            place = next(e for e in environment if e.startswith(b"LMTRAIN_PROCESS="))
+            found[int(place.split(b"=")[1])] = int(entry.name)
+    return found
+
+
+def step_of(folder):
+    file = folder / "pretrain/metrics.jsonl"
+    return file.read_text().count("\n") - 1 if file.exists() else -1
+
+
+def at_step(launcher, folder, step, saving=False):
+    """Waits for a step (and a save that is under way)."""
+    end = time.time() + 200
+    while time.time() < end and launcher.poll() is None:
+        half = any("tmp" in p.name or not (p / "manifest.json").exists()
+                   for p in folder.glob("pretrain/checkpoints/*"))  # fmt: skip
+        if step_of(folder) >= step and (half or not saving):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"never came to step {step}: {launcher.communicate()[0]}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("saving", [False, True], ids=["step", "save"])
+@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
+def test_killed_all_end_with_its_name_and_go_on_to_the_bit(tiny, whole, tmp_path, victim, saving, seed):
+    folder, rng = tmp_path / "run", random.Random(seed)
+    launcher = start(tiny, folder, 2, 2, restarts=0)
+    at_step(launcher, folder, rng.randrange(5, 26), saving)
+    time.sleep(rng.random() * 0.05)
+    pid = members(launcher)[victim]
+    os.kill(pid, signal.SIGKILL)
+    begun = time.time()
+    said = finish(launcher, status=76)
+    assert time.time() - begun < 20
+    assert f"process {victim} (host " in said and f"pid {pid}) is gone" in said
+    finish(start(tiny, folder, 2, 2))
+    assert sha(folder) == sha(whole("2x2")) and losses(folder) == losses(whole("2x2"))
+
+
+def test_the_launcher_starts_all_again_by_itself(tiny, whole, tmp_path):
+    folder = tmp_path / "run"
+    launcher = start(tiny, folder, 2, 2, restarts=2)
+    at_step(launcher, folder, 12)
+    os.kill(members(launcher)[1], signal.SIGKILL)
+    said = finish(launcher)
+    assert "all ended with status 76; again in 1 s" in said and "going on from step 10" in said
+    assert sha(folder) == sha(whole("2x2"))
+    goodput = [m["goodput"] for m in log.read_metrics(folder / "pretrain")]
+    assert 0 < goodput[-1] < 1
+
+
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_told_to_stop_all_save_the_same_step(tiny, whole, tmp_path, who):
+    folder = tmp_path / "run"
+    launcher = start(tiny, folder, 2, 2)
+    at_step(launcher, folder, 12)
+    pids = members(launcher).values()
+    for pid in list(pids)[: 1 if who == "one" else 2]:
+        os.kill(pid, signal.SIGTERM)
+    said = finish(launcher, status=75)
+    (step,) = {int(line.split(" at step ")[1].split()[0]) for line in said.splitlines() if "and saved" in line}
+    assert said.count("and saved") == 2 and checkpoint.steps(folder / "pretrain/checkpoints")[-1] == step > 12
+    finish(start(tiny, folder, 2, 2))
+    assert sha(folder) == sha(whole("2x2"))
+
+
+def test_a_signal_to_the_launcher_reaches_all(tiny, tmp_path):
+    folder = tmp_path / "run"
+    launcher = start(tiny, folder, 2, 2, restarts=5)
+    at_step(launcher, folder, 6)
+    launcher.send_signal(signal.SIGTERM)
+    assert finish(launcher, status=75).count("and saved") == 2
+
+
+@pytest.mark.parametrize("watchdog", [True, False], ids=["watchdog", "roll"])
+def test_the_watchdog_ends_a_stopped_job_with_stacks_within_its_limit(tiny, tmp_path, watchdog):
+    folder = tmp_path / "run"
+    flags = ["--config.watchdog=4", "--config.watchdog_least=5"] if watchdog else []
+    launcher = start(tiny, folder, 2, 2, *flags)
+    at_step(launcher, folder, 12)
+    victim = members(launcher)[1]
+    os.kill(victim, signal.SIGSTOP)
+    begun, other = time.time(), members(launcher)[0]
+    while time.time() - begun < 60 and other in members(launcher).values():
+        time.sleep(0.1)
+    took = time.time() - begun
+    os.kill(victim, signal.SIGKILL)  # else the launcher does, half a minute later
+    if watchdog:
+        said = finish(launcher, status=77)
+        assert took < 10 and "no step for" in said and "most recent call first" in said and "in train" in said
+    else:
+        said = finish(launcher, status=76)
+        assert took < 20 and "process 1 (host " in said and "nothing heard of it for 15 s" in said
+
+
+# ------------------------------------------------------------------------------------------ not like the others
+def together(tiny, workdir, change, count=2):
+    """Starts processes one by one, each as `change(process, argv, environment)` leaves it; [(status, what it said)]."""
+    running = []
+    for i, env in enumerate(local.environments(count, 2, environment(tiny), local.free_ports())):
+        argv = [sys.executable, "-m", "lmtrain.cli", "run", "--config", str(tiny), "--workdir", str(workdir)]
+        argv, env = change(i, argv, env)
+        running.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return [(p.communicate(timeout=120)[0], p.returncode) for p in running]
+
+
+def patched(code):
+    """A command of the same arguments whose process first runs some code."""
+    return lambda argv: [argv[0], "-c", f"import sys; {code}; from lmtrain import cli; sys.exit(cli.main())", *argv[3:]]
+
+
+MISFITS = {
+    "setting": (lambda argv: [*argv, "--config.stages.pretrain.optim.lr=0.5"], "optim.lr is 0.5, but 0.003 on process"),
+    "jax": (patched("import jax; jax.__version__ = '0.1'"), "has jax 0.1, process 0"),
+    "clock": (patched("import time; true = time.time; time.time = lambda: true() - 3600"), "3600 s behind"),
+    "folder": (lambda argv: [*argv[:-1], argv[-1] + "-elsewhere"], "is not the folder that process 0"),
+    "unwritable": (lambda argv: [*argv[:-1], "/proc/nowhere"], "cannot write to --workdir: /proc/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_host_that_is_not_like_the_others_is_refused_by_all_of_them(tiny, tmp_path, name):
+    change, message = MISFITS[name]
+    found = together(tiny, tmp_path / "run", lambda i, argv, env: (change(argv) if i == 1 else argv, env))
+    for said, status in found:
+        assert status == 2 and message in said and "process 1 (host " in said and "Traceback" not in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_mesh_is_refused_by_all(tiny, tmp_path):
+    change = lambda i, argv, env: ([*argv, "--config.mesh.fsdp=3"], env)  # noqa: E731
+    for said, status in together(tiny, tmp_path / "run", change):
+        assert status == 2 and "fsdp=3 asks for a multiple of 3 devices, but 4 are here" in said, said
+
+
+SLEEPY = """
+import time
+import jax
+from lmtrain.data.pipeline import Pipeline
+true = Pipeline.next
+def slow(self, params=None):
+    time.sleep(0.4 * (jax.process_index() == 1))
+    return true(self, params)
+Pipeline.next = slow
+"""
+
+
+def test_a_slow_host_is_named_in_the_metrics(tiny, tmp_path):
+    (tmp_path / "sleepy.py").write_text(tiny.read_text() + SLEEPY)
+    finish(start(tmp_path / "sleepy.py", tmp_path / "run", 2, 2))
+    last = log.read_metrics(tmp_path / "run/pretrain")[-1]
+    assert "process 1 (host " in last["slow_host"] and last["slow_host_seconds"] > 0.3
