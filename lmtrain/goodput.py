@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lmtrain import log
+from lmtrain import storage
 
 
 class Goodput:
@@ -51,4 +51,4 @@ class Goodput:
 
     def _write(self) -> None:
         if jax.process_index() == 0:
-            log.write_json(self._file, self._wall)
+            storage.write_json(self._file, self._wall)

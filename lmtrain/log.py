@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmtrain import storage
 from lmtrain.types import LmtrainError
 
 METRICS = "metrics.jsonl"
@@ -46,7 +47,7 @@ class Writer:
         self._wants_board = tensorboard
         self._purge: int | None = None
         if jax.process_index() == 0:
-            with _writing(self.folder):
+            with storage.writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ class Writer:
             return
         row = {"step": int(step)} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
         append_jsonl(self.file, [row])
-        with _writing(self.folder / "tensorboard"):
+        with storage.writing(self.folder / "tensorboard"):
             board = self._tensorboard()
             if board is not None:
                 for name, value in row.items():
@@ -137,12 +138,15 @@ def append_jsonl(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
     Raises:
       LmtrainError: the disk refuses.
     """
-    file = pathlib.Path(file)
-    with _writing(file):
+    file, lines = pathlib.Path(file), _lines(rows)
+
+    def append() -> None:
         if file.exists():
             _drop_cut_line(file)
         with file.open("ab") as f:
-            f.write(_lines(rows))
+            f.write(lines)
+
+    storage.patiently(append, file)
 
 
 def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
@@ -155,16 +159,9 @@ def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
     if file.exists():
         kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
         half = file.with_name(f"{file.name}.half")
-        with _writing(file):
+        with storage.writing(file):
             half.write_bytes(_lines(kept))
             os.replace(half, file)
-
-
-def write_json(file: pathlib.Path, value: Any) -> None:
-    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -180,18 +177,6 @@ def _drop_cut_line(file: pathlib.Path) -> None:
         if f.read(1) != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """What the disk refuses inside becomes one message that names the path."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise LmtrainError(
-            f"{path}: could not be written: {reason}. Once that is mended, the same command goes on."
-        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- progress

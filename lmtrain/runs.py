@@ -25,8 +25,8 @@ from lmtrain import checkpoint, engine, log, origins, schema
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
-from lmtrain.log import write_json as write_json
 from lmtrain.origins import find_stage, read_json, stored_model
+from lmtrain.storage import write_json as write_json
 from lmtrain.types import LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves

@@ -97,7 +97,9 @@ def train(
     evaluate = step.make_evaluate(loss, forward, mesh, cfg.loss)
     heldout = [on_devices(b) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
     best = "heldout_loss" if heldout else "-heldout_score"
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best)
+    # One process tries a failed save again by itself; several all end, and their launcher begins again.
+    pauses = checkpoint.PAUSES if jax.process_count() == 1 else ()
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses)
     writer = log.Writer(folder, tensorboard=tensorboard)
     wall = goodput.Goodput(folder)
 
@@ -180,7 +182,8 @@ def train(
             pending.append((at, seen, metrics, told))
             evaluating = at == cfg.steps or due(at, cfg.eval_every)
             stopping = stop.agreed(crew)
-            saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stopping)
+            last = at == cfg.steps or bool(stopping)
+            saving = last or due(at, cfg.checkpoint_every) or checkpoints.again()
             # -------------------------------------------------------- log the step before, while this one runs
             wrong = ""
             while pending and not wrong and (len(pending) > 1 or evaluating or saving):
@@ -231,7 +234,7 @@ def train(
                 loop = {"losses": list(losses), "rollbacks": rollbacks, "tokens": seen}
                 loop["seconds"] = counted + meter.seconds
                 with meter.paused():
-                    checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores)
+                    checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores, last)
                 skipped = 0
             if stopping and at < cfg.steps:
                 checkpoints.close()

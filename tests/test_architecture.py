@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"types", "schema", "flags", "limits", "config", "mesh", "log"}
+BASE = {"types", "schema", "flags", "limits", "config", "mesh", "storage", "log"}
 ROOMS = {
     "types": set(),
     "schema": {"types"},
@@ -14,7 +14,8 @@ ROOMS = {
     "limits": {"types", "schema", "flags"},
     "config": {"types", "schema", "flags", "limits"},
     "mesh": {"types", "schema"},
-    "log": {"types", "schema", "mesh"},
+    "storage": {"types"},
+    "log": {"types", "schema", "mesh", "storage"},
     "compilation": set(),
     "data": BASE,
     "models": BASE,
@@ -31,7 +32,7 @@ ROOMS = {
     "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
-    "goodput": {"types", "log"},
+    "goodput": {"storage"},
     "hosts": BASE,
     "train": BASE
     | {
