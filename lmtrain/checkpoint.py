@@ -36,6 +36,7 @@ from jax.experimental import multihost_utils
 
 from lmtrain import log
 from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
+from lmtrain.nearby import Nearby
 from lmtrain.types import LmtrainError, Params, StorageError, TrainState
 
 __all__ = ["Checkpoints", "identity", "load_params", "newest_sound", "params_sha256", "read_manifest", "read_meta",
@@ -54,6 +55,7 @@ class Checkpoints:
       keep_best: how many more stay, those with the lowest metric `best`; with the highest where it is "-NAME".
       pauses: seconds before a save that failed is to be tried again (see `again`); as many failures in a row are said
         and survived.
+      nearby: further checkpoints, on each host's own disk; the newest sound one of both is restored.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Checkpoints:
         keep_best: int = 1,
         best: str = "heldout_loss",
         pauses: Sequence[float] = (),
+        nearby: Nearby | None = None,
     ):
         self.folder = pathlib.Path(folder).absolute()
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best.removeprefix("-")
@@ -71,6 +74,7 @@ class Checkpoints:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._newest: int | None = None
+        self._nearby = nearby
         self._pauses, self._failures, self._again = pauses, 0, math.inf
 
     def save(
@@ -104,6 +108,13 @@ class Checkpoints:
             if not last:
                 return
             time.sleep(pause)
+
+    def save_nearby(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Copies the state off the devices and returns; each host writes its part to its own disk."""
+        if self._nearby is not None:
+            params, rest = _items(state)
+            whole = {"meta": meta, "key_impl": str(jax.random.key_impl(state.key))}
+            self._nearby.save(step, dict(_named(params, rest)), whole)
 
     def again(self) -> bool:
         """True when it is time to save in place of a save that failed."""
@@ -170,6 +181,8 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             self._checkpointer.close()
+            if self._nearby is not None:
+                self._nearby.close()
 
     def _failed(self, step: int, error: Exception) -> StorageError:
         """The one message of a failed save; what it left behind is removed."""
@@ -224,6 +237,16 @@ class Checkpoints:
                 f"{self.folder}: every checkpoint is damaged, see {self.folder}/damaged-*. "
                 "Remove them to begin again from step 0, or start another --workdir."
             )
+        if self._nearby is not None:
+            params, rest = _items(abstract)
+            near = self._nearby.newest(dict(_named(params, rest)))
+            if near > step:
+                arrays, whole = self._nearby.restore(near, dict(_named(params, rest)))
+                log.say(f"{self.folder}: the hosts' own disks have step {near}, which is newer.")
+                ours = [arrays[f"params/{name}"] for name, _ in _flat(params)]
+                restored = jax.tree.unflatten(jax.tree.structure(params), ours)
+                state = _state(abstract, restored, {name: arrays[name] for name in rest}, whole["key_impl"])
+                return state, whole["meta"], near
         if step == -1:
             return None
         path, manifest = self.folder / str(step), read_manifest(self.folder, step)
@@ -344,8 +367,11 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 
 def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
     """{"params/blocks/q": ["float32", [4, 128, 4, 32]], ...}"""
-    named = [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
-    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in named}
+    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in _named(params, rest)}
+
+
+def _named(params: Params, rest: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
 
 
 def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:

@@ -39,6 +39,11 @@ class Goodput:
         self._wall = found | {"stopped": None}
         self._write()
 
+    @property
+    def begun(self) -> float:
+        """When the stage was first started, seconds since the epoch: in process 0, the same at every start."""
+        return float(self._wall["begun"])
+
     def share(self, seconds: float) -> float:
         """Of the wall time so far, the share of the `seconds` that went into steps which counted; at most 1."""
         lived = time.time() - self._wall["begun"] - self._wall["out"]

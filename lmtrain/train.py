@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, goodput, hosts, log, optim, partial, schema, step
+from lmtrain import checkpoint, goodput, hosts, log, nearby, optim, partial, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
@@ -97,11 +98,15 @@ def train(
     evaluate = step.make_evaluate(loss, forward, mesh, cfg.loss)
     heldout = [on_devices(b) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
     best = "heldout_loss" if heldout else "-heldout_score"
+    wall = goodput.Goodput(folder)
+    near = None
+    if crew.local and cfg.local_every:
+        run = str(mesh_lib.from_first(np.array(wall.begun, np.int32)))
+        near = nearby.Nearby(pathlib.Path(crew.local) / nearby.place(folder), run)
     # One process tries a failed save again by itself; several all end, and their launcher begins again.
     pauses = checkpoint.PAUSES if jax.process_count() == 1 else ()
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses, near)
     writer = log.Writer(folder, tensorboard=tensorboard)
-    wall = goodput.Goodput(folder)
 
     # ---------------------------------------------------------------- restore
     first_position = source.state()
@@ -184,9 +189,10 @@ def train(
             stopping = stop.agreed(crew)
             last = at == cfg.steps or bool(stopping)
             saving = last or due(at, cfg.checkpoint_every) or checkpoints.again()
+            near_only = not saving and due(at, cfg.local_every) and near is not None
             # -------------------------------------------------------- log the step before, while this one runs
             wrong = ""
-            while pending and not wrong and (len(pending) > 1 or evaluating or saving):
+            while pending and not wrong and (len(pending) > 1 or evaluating or saving or near_only):
                 done, tokens, on_device, told = pending.popleft()
                 numbers = {k: float(v) for k, v in jax.device_get(on_device).items()} | told
                 meter.step(tokens - met)
@@ -230,11 +236,15 @@ def train(
                 writer.write(at, {**row(at, seen, numbers), **scores})
                 progress.show(at, {**row(at, seen, numbers), **scores})
             # -------------------------------------------------------- save
-            if saving:
+            if saving or near_only:
                 loop = {"losses": list(losses), "rollbacks": rollbacks, "tokens": seen}
                 loop["seconds"] = counted + meter.seconds
+                meta = {"source": source.state(), "loop": loop, **parts.meta}
                 with meter.paused():
-                    checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores, last)
+                    if saving:
+                        checkpoints.save(at, state, meta, scores, last)
+                    else:
+                        checkpoints.save_nearby(at, state, meta)
                 skipped = 0
             if stopping and at < cfg.steps:
                 checkpoints.close()

@@ -24,7 +24,8 @@ ROOMS = {
     "partial": {"types", "schema"},
     "step": {"types", "schema", "mesh", "optim", "partial"},
     "manifest": {"types", "log"},
-    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest"},
+    "nearby": {"manifest"},
+    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest", "nearby"},
     "engine": BASE | {"models"},
     "interop": BASE | {"data", "models", "tasks", "sandbox"},
     "sandbox": {"types"},
@@ -38,6 +39,7 @@ ROOMS = {
     | {
         "goodput",
         "hosts",
+        "nearby",
         "data",
         "models",
         "objectives",

@@ -46,15 +46,15 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 KillWait=5
-NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} Port={one} CPUs=2
-NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} Port={two} CPUs=2
+NodeName=n0 NodeAddr=127.0.0.1 Port={one} CPUs=2
+NodeName=n1 NodeAddr=127.0.0.1 Port={two} CPUs=2
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Its environment. Its nodes have names that lead to this machine, as those of a real one lead to theirs."""
+    """The environment of its commands."""
     folder = pathlib.Path(f"/tmp/slurm-{os.getpid()}")
     folder.mkdir()
     host, port = socket.gethostname(), random.randrange(20000, 31000)
@@ -73,9 +73,11 @@ def cluster(tmp_path_factory):
         time.sleep(1)
         quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         daemons.append(subprocess.Popen(["slurmctld", "-D"], **quiet))
-        for name in ("localhost", host):
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {host} n0 n1\n")
+        for name in ("n0", "n1"):  # each has a host name of its own, and both names lead to this machine
             (folder / f"spool.{name}").mkdir()
-            daemons.append(subprocess.Popen(["slurmd", "-D", "-N", name], **quiet))
+            inside = f"hostname {name}; mount --bind {folder}/hosts /etc/hosts; exec slurmd -D -N {name}"
+            daemons.append(subprocess.Popen(["unshare", "--mount", "--uts", "sh", "-c", inside], **quiet))
         end = time.time() + 60
         while "idle" not in (seen := said("sinfo", "-h", "-o", "%t %D", env=env)) or "2" not in seen:
             if time.time() > end:

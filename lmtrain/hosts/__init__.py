@@ -40,8 +40,9 @@ class Crew:
 
     place: Place = Place()
     roll: Roll | None = None
-    watchdog: float = 0.0  # schema.Experiment's
+    watchdog: float = 0.0  # this and what follows: schema.Experiment's
     watchdog_least: float = 600.0
+    local: str = ""
     _asked: int = 0
 
     def preempted(self) -> bool:
@@ -81,7 +82,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
     if place.processes == 1:
         if not jax.distributed.is_initialized():  # else whoever did so has said where we are
             print(place.says, flush=True)
-        yield Crew(place, None, e.watchdog, e.watchdog_least)
+        yield Crew(place, None, e.watchdog, e.watchdog_least, e.local)
         return
     roll = Roll(place, socket.gethostname())
     try:
@@ -94,7 +95,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
                 cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=30,
             )  # fmt: skip
         log.say(place.says)
-        yield Crew(place, roll, e.watchdog, e.watchdog_least)
+        yield Crew(place, roll, e.watchdog, e.watchdog_least, e.local)
     except Stopped:
         roll.close()
         raise
