@@ -32,6 +32,7 @@ from lmtrain import (
     origins,
     partial,
     preflight,
+    remote,
     runs,
     schema,
     scoring,
@@ -55,7 +56,7 @@ def run(
 
     Args:
       experiment: "FILE[:arg]", the ConfigDict that such a file makes, or a schema.Experiment.
-      workdir: the run's folder; made where it is missing.
+      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py).
       overrides: further settings, as on the command line: ["--config.stages.pretrain.steps=10"].
 
     Raises:
@@ -70,8 +71,10 @@ def run(
             )
         experiment = config.override(experiment, overrides)
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
-    folder = pathlib.Path(workdir)
     with contextlib.ExitStack() as held:
+        if remote.is_remote(workdir):
+            workdir = held.enter_context(remote.mirrored(str(workdir)))
+        folder = pathlib.Path(workdir)
         crew = held.enter_context(hosts.joined(e, folder))
         compilation.use_cache()
         mesh = mesh_lib.make(e.mesh)

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from lmtrain import checkpoint, engine, log, origins, schema
+from lmtrain import checkpoint, engine, log, origins, remote, schema
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
@@ -109,6 +109,8 @@ def load(folder: str | os.PathLike[str]) -> Run:
         found = huggingface.open_folder(str(folder))
         config = {"model": dataclasses.asdict(found.model), "stages": {}}
         return Run(found.path, "", config, found.model, found.tokenizer(), found.params(dtype="stored"), 0)
+    if remote.is_remote(folder):
+        folder = remote.copied(str(folder))
     stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")

@@ -36,6 +36,17 @@ def patiently(write: Callable[[], None], path: pathlib.Path) -> None:
             time.sleep(pause)
 
 
+def again(work: Callable[[], None]) -> None:
+    """Does it; after each of PAUSES again, while it raises a StorageError."""
+    for pause in (*PAUSES, None):
+        try:
+            return work()
+        except StorageError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
     """What the disk refuses inside becomes one message that names the path."""

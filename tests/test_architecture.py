@@ -60,6 +60,7 @@ ANYTHING = {
     "scoring",
     "evaluate",
     "record",
+    "remote",
     "runs",
     "origins",
     "publish",

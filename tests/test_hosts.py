@@ -3,6 +3,7 @@ and what happens when one of them is killed, stopped, told to stop, or is not li
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,8 @@ def test_the_launcher_starts_all_again_by_itself(tiny, whole, tmp_path):
     at_step(launcher, folder, 12)
     os.kill(members(launcher)[1], signal.SIGKILL)
     said = finish(launcher)
-    assert "all ended with status 76; again in 1 s" in said and "going on from step 10" in said
+    assert "all ended with status 76; again in 1 s" in said
+    assert re.search("going on from step (5|10)", said)  # its save may not have been whole
     assert sha(folder) == sha(whole("2x2"))
     goodput = [m["goodput"] for m in log.read_metrics(folder / "pretrain")]
     assert 0 < goodput[-1] < 1
