@@ -139,7 +139,7 @@ def test_the_watchdog_ends_a_stopped_job_with_stacks_within_its_limit(tiny, tmp_
         assert took < 10 and "no step for" in said and "most recent call first" in said and "in train" in said
     else:
         said = finish(launcher, status=76)
-        assert took < 20 and "process 1 (host " in said and "nothing heard of it for 15 s" in said
+        assert took < 20 and "process 1 (host " in said and "nothing heard of it for 12 s" in said
 
 
 # ------------------------------------------------------------------------------------------ not like the others

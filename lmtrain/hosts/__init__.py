@@ -31,7 +31,7 @@ from lmtrain.hosts.place import Place, find
 from lmtrain.hosts.roll import GONE, SILENCE, Roll, end_process
 from lmtrain.types import LmtrainError, Stopped
 
-HEARTBEAT = 20  # seconds of JAX's own service: longer than the roll's SILENCE, which names the host
+HEARTBEAT = 30  # seconds of JAX's own service: longer than the roll's SILENCE, which names the host
 
 
 @dataclasses.dataclass

@@ -30,7 +30,7 @@ from lmtrain.hosts.place import Place
 from lmtrain.types import LmtrainError
 
 BEAT = 1.0  # seconds between two lines
-SILENCE = 15.0  # seconds without one after which a process counts as lost
+SILENCE = 12.0  # seconds without one after which a process counts as lost
 MEET = 300.0  # seconds that processes wait for one another at the start
 GRACE = 2.0  # seconds that a process has to fail by itself once another has
 GONE = 76  # exit status: another process is gone. All begin again from the newest checkpoint
@@ -246,7 +246,7 @@ class Roll:
                 now = time.monotonic()
                 if now - last >= BEAT:
                     for process, line in self._lines.items():
-                        quiet[process] += min(now - last, 2 * BEAT)
+                        quiet[process] += min(now - last, 5 * BEAT)
                         line.send({"beat": self._status()})
                         if quiet[process] > SILENCE and not (line.left or line.closed):
                             self._lost(process, f"nothing heard of it for {SILENCE:g} s")

@@ -41,7 +41,7 @@ class Patience:
         if pulse.steps != self._steps or pulse.pausing:
             self._steps, self.quiet = pulse.steps, 0.0
             return False
-        self.quiet += min(elapsed, 2 * TICK)
+        self.quiet += min(elapsed, 5 * TICK)
         limit = self.limit(pulse)
         return limit is not None and self.quiet > limit
 
