@@ -98,18 +98,38 @@ def test_the_launcher_starts_all_again_by_itself(tiny, whole, tmp_path):
     assert 0 < goodput[-1] < 1
 
 
-@pytest.mark.parametrize("who", ["one", "all"])
+@pytest.mark.parametrize("who", ["one", "all", "ctrl-c"])
 def test_told_to_stop_all_save_the_same_step(tiny, whole, tmp_path, who):
     folder = tmp_path / "run"
     launcher = start(tiny, folder, 2, 2)
     at_step(launcher, folder, 12)
     pids = members(launcher).values()
     for pid in list(pids)[: 1 if who == "one" else 2]:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT if who == "ctrl-c" else signal.SIGTERM)
     said = finish(launcher, status=75)
     (step,) = {int(line.split(" at step ")[1].split()[0]) for line in said.splitlines() if "and saved" in line}
     assert said.count("and saved") == 2 and checkpoint.steps(folder / "pretrain/checkpoints")[-1] == step > 12
     finish(start(tiny, folder, 2, 2))
+    assert sha(folder) == sha(whole("2x2"))
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["crash", "replaced"])
+def test_the_hosts_own_disks_are_newer_where_no_host_was_replaced(tiny, whole, tmp_path, lost):
+    folder = tmp_path / "run"
+    near = [f"--config.local={tmp_path / 'near'}", "--config.stages.pretrain.local_every=3"]
+    near += ["--config.stages.pretrain.checkpoint_every=5"]
+    launcher = start(tiny, folder, 2, 2, *near)
+    at_step(launcher, folder, 14)
+    os.kill(members(launcher)[1], signal.SIGKILL)
+    finish(launcher, status=76)
+    for step in checkpoint.steps(folder / "pretrain/checkpoints"):
+        if step > 5:
+            shutil.rmtree(folder / f"pretrain/checkpoints/{step}")  # as if the shared folder were slow to save
+    if lost:
+        (gone,) = (tmp_path / "near").glob("*/1-of-2")
+        shutil.rmtree(gone)
+    said = finish(start(tiny, folder, 2, 2, *near))
+    assert re.search("going on from step 5 " if lost else "own disks have step (9|12)", said)
     assert sha(folder) == sha(whole("2x2"))
 
 

@@ -83,6 +83,8 @@ def main(argv: Sequence[str]) -> int:
             return status
         print(f"launch: all ended with status {status}; again in {pause:g} s", flush=True)
         time.sleep(pause)
+        if told:  # meanwhile
+            return status
 
 
 def attempt(command: Sequence[str], envs: Sequence[Mapping[str, str]], told: list[int]) -> list[int]:
