@@ -71,7 +71,24 @@ class LmtrainError(Exception):
     """An error of the user's making: the command prints its message alone, without a traceback, and exits with 2.
 
     The message says what, where, what was expected, and the nearest valid name.
+
+    Attributes:
+      status: the exit status of the command.
     """
+
+    status = 2
+
+
+class Stopped(LmtrainError):
+    """SIGTERM or Ctrl-C: the run is saved; the same command goes on."""
+
+    status = 75  # EX_TEMPFAIL
+
+
+class StorageError(LmtrainError):
+    """A disk, a file system or a bucket refuses; once it is mended, the same command goes on."""
+
+    status = 74  # EX_IOERR
 
 
 def nearest(got: str, names: Iterable[str]) -> str:
