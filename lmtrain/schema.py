@@ -276,6 +276,7 @@ class Experiment:
     mesh: Mesh = Mesh()
     tensorboard: bool = True
     local: str = ""  # a folder on each host's own disk, for checkpoints between those of the run's folder
+    profile: str = ""  # STEP:COUNT, such as 100:5: a trace of so many steps for xprof, in the stage's folder
     watchdog: float = 20.0  # no step within so many median ones: the stacks of all threads, and the end; 0: never
     watchdog_least: float = 600.0  # seconds that the watchdog waits at least: a compilation is no hang
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order
