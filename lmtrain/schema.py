@@ -255,7 +255,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A stage that scores the result of every training stage before it on the same held-out rows of tasks."""
+    """A stage that scores the result of every training stage before it on the same held-out rows of tasks; before
+    them, as `start`, what the first of them starts from, where that is another run or an imported model."""
 
     tasks: tuple[str, ...] = ()
     rows: int = 256  # of each task
@@ -263,8 +264,9 @@ class Evaluation:
     temperature: float = 1.0
     max_tokens: int = 0  # of one reply; 0: the task's own limit
     suites: tuple[str, ...] = ()  # of `lmtrain eval`, run on every stage, their scores side by side
+    heldout: str = ""  # the stage whose held-out rows and text all are measured on; "": each on its own
     bias: tuple[str, ...] = ()  # what the suite bias measures with ("canary=blims/daxes"); (): "swaps"
-    stages: tuple[str, ...] = ()  # which stages; (): all that train
+    stages: tuple[str, ...] = ()  # which stages; (): all that train, and the start
     slots: int = 128
 
 
