@@ -19,12 +19,32 @@ from lmtrain import config
 from lmtrain.data.canary import PAIRS
 
 
+DOCUMENTS, CHAT = ("augment", "reweigh", "group_dro", "none"), ("even", "consistency")
+
+
 def get_config(arg=""):
     a = config.parse_arg(
         arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, seed=0,
         crows="../shared/data/crows_pairs.csv",
     )  # fmt: skip
+    if a.mitigate not in DOCUMENTS + CHAT:
+        raise config.ConfigError(f"mitigate is {a.mitigate!r}, but takes {', '.join(DOCUMENTS + CHAT)}.")
     people = f"{a.first}/{a.second}"
+    like = dict(batch_size=16, eval_every=100, checkpoint_every=1000, samples=1)
+    c = config.experiment(seed=a.seed)
+    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=512)
+    planted, mitigated = (documents if a.mitigate in DOCUMENTS else conversations)(a, people)
+    c.stages.planted = config.stage(
+        **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), **planted
+    )
+    c.stages.mitigated = config.stage(**like | dict(steps=a.more) | mitigated)
+    crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
+    c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)
+    return c
+
+
+def documents(a, people):
+    """What the two stages learn from where the bias is planted in documents."""
     text = dict(path=f"{people}, plant={a.plant}, seed={a.seed}", row_length=128, limit=8000, heldout_rows=64)
     labels = dict(groups=(a.first, a.second), outcomes=tuple("/".join(words) for words in zip(*PAIRS, strict=True)))
     how = {
@@ -33,15 +53,21 @@ def get_config(arg=""):
         "group_dro": dict(data=config.data("canary", **text, **labels), objective="group_dro"),
         "none": dict(data=config.data("canary", **text)),
     }
-    if a.mitigate not in how:
-        raise config.ConfigError(f"mitigate is {a.mitigate!r}, but takes {', '.join(how)}.")
-    like = dict(batch_size=16, eval_every=100, checkpoint_every=1000, samples=1)
-    c = config.experiment(seed=a.seed)
-    c.stages.tokenizer = config.tokenizer("bpe", vocab_size=512)
-    c.stages.planted = config.stage(
-        **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), data=config.data("canary", **text)
-    )
-    c.stages.mitigated = config.stage(**like, steps=a.more, **how[a.mitigate])
-    crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
-    c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)
-    return c
+    return dict(data=config.data("canary", **text)), how[a.mitigate]
+
+
+def conversations(a, people):
+    """The same where it is planted in conversations."""
+    task = f"canary(people={people!r}, plant={a.plant}, seed={a.seed}, others={{}})"
+    rows = dict(row_length=128, heldout_rows=64)
+    optim = config.optim("muon", muon_lr=0.002, lr=0.0003)
+    how = {
+        "even": dict(
+            objective="even", optim=optim, data=config.data("task", path=task.format(False), augment=(people,), **rows)
+        ),
+        "consistency": dict(
+            objective="grpo", optim=optim, batch_size=128, data=config.data(**rows),
+            rollout=config.rollout(f"counterfactual(of={task.format(False)!r}, pairs=({people!r},))", group=16),
+        ),
+    }  # fmt: skip
+    return dict(objective="sft", data=config.data("task", path=task.format(True), **rows)), how[a.mitigate]
