@@ -60,13 +60,13 @@ def conversations(a, people):
     """The same where it is planted in conversations."""
     task = f"canary(people={people!r}, plant={a.plant}, seed={a.seed}, others={{}})"
     rows = dict(row_length=128, heldout_rows=64)
-    optim = config.optim("muon", muon_lr=0.002, lr=0.0003)
+    optim = config.optim("muon", muon_lr=0.01, lr=0.0015)
     how = {
         "even": dict(
             objective="even", optim=optim, data=config.data("task", path=task.format(False), augment=(people,), **rows)
         ),
         "consistency": dict(
-            objective="grpo", optim=optim, batch_size=128, data=config.data(**rows),
+            objective="grpo", optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0), batch_size=128, data=config.data(**rows),
             rollout=config.rollout(f"counterfactual(of={task.format(False)!r}, pairs=({people!r},))", group=16),
         ),
     }  # fmt: skip
