@@ -34,9 +34,7 @@ def get_config(arg=""):
     c = config.experiment(seed=a.seed)
     c.stages.tokenizer = config.tokenizer("bpe", vocab_size=512)
     planted, mitigated = (documents if a.mitigate in DOCUMENTS else conversations)(a, people)
-    c.stages.planted = config.stage(
-        **like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), **planted
-    )
+    c.stages.planted = config.stage(**like, steps=a.steps, model=config.model(layers=2, width=96, heads=4), **planted)
     c.stages.mitigated = config.stage(**like | dict(steps=a.more) | mitigated)
     crows = (f"crows_pairs={a.crows}",) if pathlib.Path(a.crows).exists() else ()
     c.stages.audit = config.evaluation(suites=("bias",), bias=(f"canary={people}", *crows), rows=0)

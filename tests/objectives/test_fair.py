@@ -17,6 +17,8 @@ def batch(toy):
     talks = [toy.conversation(rng, 7, 2) for _ in range(6)]
     b = toy.rows(talks, [[i] for i in range(6)], garbage=0)
     b["groups_BT"] = np.repeat([[1], [1], [1], [1], [2], [0]], b["tokens_BT"].shape[1], 1)
+    w = np.array([b["weights_BT"][rows].sum() for rows in (slice(4), slice(4, 5))])
+    b["balance_BT"] = np.append(1, w.sum() / 2 / w).astype(np.float32)[b["groups_BT"]]  # as were the data like it
     return b
 
 
@@ -49,7 +51,7 @@ def test_the_worse_cell_counts_more_the_larger_the_step(toy, batch):
 
 def test_cells_that_are_not_there_and_equal_losses_leave_pretraining_as_it_is(toy, batch):
     params = toy.parameters()
-    batch["groups_BT"] = batch["groups_BT"] * 0
+    batch["groups_BT"], batch["balance_BT"] = batch["groups_BT"] * 0, np.ones_like(batch["balance_BT"])
     plain = pretrain(toy.Bigram(), params, batch, Pretrain())[0]
     assert float(total(toy, params, batch, GroupDro(cells=3))[0]) == pytest.approx(float(plain), rel=1e-6)
 
