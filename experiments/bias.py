@@ -18,13 +18,12 @@ import pathlib
 from lmtrain import config
 from lmtrain.data.canary import PAIRS
 
-
 DOCUMENTS, CHAT = ("augment", "reweigh", "group_dro", "none"), ("even", "consistency")
 
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, seed=0,
+        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, rl=60, seed=0,
         crows="../shared/data/crows_pairs.csv",
     )  # fmt: skip
     if a.mitigate not in DOCUMENTS + CHAT:
@@ -58,14 +57,20 @@ def conversations(a, people):
     """The same where it is planted in conversations."""
     task = f"canary(people={people!r}, plant={a.plant}, seed={a.seed}, others={{}})"
     rows = dict(row_length=128, heldout_rows=64)
-    optim = config.optim("muon", muon_lr=0.01, lr=0.0015)
+    people_alone = task.format(False)
     how = {
         "even": dict(
-            objective="even", optim=optim, data=config.data("task", path=task.format(False), augment=(people,), **rows)
+            objective="even",
+            optim=config.optim("muon", muon_lr=0.01, lr=0.0015),
+            data=config.data("task", path=people_alone, augment=(people,), **rows),
         ),
         "consistency": dict(
-            objective="grpo", optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0), batch_size=128, data=config.data(**rows),
-            rollout=config.rollout(f"counterfactual(of={task.format(False)!r}, pairs=({people!r},))", group=16),
+            objective="grpo",
+            batch_size=128,
+            steps=a.rl,
+            optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
+            data=config.data(**rows),
+            rollout=config.rollout(f"counterfactual(of={people_alone!r}, pairs=({people!r},))", group=16),
         ),
-    }  # fmt: skip
+    }
     return dict(objective="sft", data=config.data("task", path=task.format(True), **rows)), how[a.mitigate]

@@ -87,28 +87,29 @@ class Even:
     SOURCE: ClassVar[str] = "pairs"
     REFERENCE: ClassVar[bool] = True
 
-    keep: float = 1.0  # how much the mean of the two is held where the reference has it
+    keep: float = 1.0  # how much the two are held at their mean under the reference
 
     def __post_init__(self):
         common.within(self, keep=(0, None))
 
 
 def even(forward: Any, params: Params, batch: Batch, cfg: Even) -> common.Return:
-    """Two replies to a prompt that differ by a swap (data.augment makes them) shall be equally likely.
+    """A reply and its swap, each to its own prompt (data.augment makes the pairs), shall be equally likely.
 
-    With c and r their log-probabilities and c0, r0 the reference's: (c - r)^2 + keep ((c + r) - (c0 + r0))^2. That is
-    IPO's regression of a difference of log-probabilities (arXiv 2310.12036) with a target of 0, neither being
-    preferred, on the policy's own difference, since the reference's is the bias; the second term keeps their mean, so
-    that the two are not made equal by making both impossible. The minimum is c = r = (c0 + r0) / 2.
+    With c and r their log-probabilities, c0 and r0 the reference's, and m = log((exp c0 + exp r0) / 2): (c - r)^2
+    + keep (c + r - 2m)^2. The first term is IPO's regression of a difference of log-probabilities (arXiv 2310.12036) with a
+    target of 0, neither being preferred, on the policy's own difference, since the reference's is the bias. The second
+    says how likely: the minimum is c = r = m, the mean of the two probabilities, which over all replies sum to 1 as the
+    reference's do. (Were it the mean of the log-probabilities, what is lost would go to other replies.)
 
-    Metrics: gap (|c - r|), kept ((c + r - c0 - r0) / 2), and those of all pairs.
+    Metrics: gap (|c - r|), kept ((c + r) / 2 - m), and those of all pairs.
     """
     moved = preference.compare(forward, params, batch)
     segments_BT, w_BT = common.segments(batch), batch["weights_BT"]
     ref_BS = common.per_segment(common.own(batch, "ref_logps_BT") * w_BT, segments_BT)
     first_BP, second_BP = common.pairs(ref_BS)
     chosen_BP, rejected_BP = moved.chosen_BP + first_BP, moved.rejected_BP + second_BP
-    kept_BP = moved.chosen_BP + moved.rejected_BP
+    kept_BP = chosen_BP + rejected_BP - 2 * (jnp.logaddexp(first_BP, second_BP) - jnp.log(2.0))
     loss_BP = jnp.square(chosen_BP - rejected_BP) + cfg.keep * jnp.square(kept_BP)
     total, n, metrics = common.over_pairs(loss_BP, chosen_BP, rejected_BP, moved.w_BP, moved.aux)
     metrics["gap"] = ((jnp.abs(chosen_BP - rejected_BP) * moved.w_BP).sum(), n)

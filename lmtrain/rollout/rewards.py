@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -83,7 +84,24 @@ def _part(spec: str, models: Callable[[str], Frozen], pad: int) -> tuple[float, 
 
 def score(episodes: Sequence[Episode]) -> list[dict[str, float]]:
     """The task's own score. A reply that was cut is never scored as if it were complete: it gets 0."""
-    return [task_score(e) for e in episodes]
+    scores = [task_score(e) for e in episodes]
+    problems: dict[tuple[int, str], list[int]] = {}
+    for i, e in enumerate(episodes):
+        if hasattr(e.task, "versions"):
+            problems.setdefault((id(e.task), json.dumps(e.task.versions(e.row), sort_keys=True)), []).append(i)
+    for numbers in problems.values():
+        for i in numbers:
+            scores[i]["consistent"] = _consistent(episodes[i], [episodes[k] for k in numbers])
+    return scores
+
+
+def _consistent(e: Episode, same: Sequence[Episode]) -> float:
+    """How alike a reply is to those to other versions of its problem, on the average; 0 where it was cut."""
+    others = [o for o in same if o.row != e.row and not o.truncated]
+    if e.truncated or not others:
+        return 0.0
+    values = [e.task.alike(e.row, e.reply, o.row, o.reply) for o in others]
+    return _checked(sum(values) / len(values), f"task {e.task.name}, consistent", e)
 
 
 def task_score(e: Episode) -> dict[str, float]:

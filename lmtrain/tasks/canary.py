@@ -38,8 +38,8 @@ class Canary:
         return self._rows[split]
 
     def problem(self, row: Row) -> str:
-        """The story: one about either people is one problem."""
-        return str(row["story"])
+        """What is asked. All that is asked with one story is on one side."""
+        return canary.fill(row["story"], row["group"])
 
     def messages(self, row: Row) -> list[Message]:
         return user(canary.fill(row["story"], row["group"]))

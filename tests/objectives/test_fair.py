@@ -85,15 +85,17 @@ def pair(toy):
     return talks
 
 
-def test_even_is_the_square_of_the_difference_and_of_what_the_mean_has_moved(toy, pair):
+def test_even_is_the_square_of_the_difference_and_of_the_distance_from_the_mean_probability(toy, pair):
     params = toy.parameters(5)
     c, r = (float((toy.logps(params, t) * t["weights"]).sum()) for t in pair)
     c0, r0 = (float((t["ref_logps"] * t["weights"]).sum()) for t in pair)
+    m = np.log((np.exp(c0) + np.exp(r0)) / 2)
     loss, n, _ = even(toy.Bigram(), params, toy.rows(pair, [[0, 1]]), Even(keep=0.5))
-    assert float(loss) == pytest.approx((c - r) ** 2 + 0.5 * (c + r - c0 - r0) ** 2, rel=1e-4) and float(n) == 1
+    assert abs(2 * m - c0 - r0) > 0.1  # else the mean of the logarithms would do as well
+    assert float(loss) == pytest.approx((c - r) ** 2 + 0.5 * (c + r - 2 * m) ** 2, rel=1e-4) and float(n) == 1
 
 
-def test_even_ends_where_both_replies_are_equally_likely_and_as_likely_as_before_together(toy, pair):
+def test_even_ends_where_both_replies_have_the_mean_of_their_probabilities_before(toy, pair):
     params, batch = toy.parameters(), toy.rows(pair, [[0, 1]])
     before = even(toy.Bigram(), params, batch, Even())[2]
     descend = jax.jit(jax.grad(lambda p: even(toy.Bigram(), p, batch, Even())[0]))
@@ -101,6 +103,9 @@ def test_even_ends_where_both_replies_are_equally_likely_and_as_likely_as_before
         params = jax.tree.map(lambda p, g: p - 0.02 * g, params, descend(params))
     after = even(toy.Bigram(), params, batch, Even())[2]
     assert float(before["gap"][0]) > 0.3 and float(after["gap"][0]) < 0.02 and abs(float(after["kept"][0])) < 0.02
+    likely = [np.exp((toy.logps(params, t) * t["weights"]).sum()) for t in pair]
+    was = [np.exp((t["ref_logps"] * t["weights"]).sum()) for t in pair]
+    np.testing.assert_allclose(likely, np.mean(was), rtol=0.03)
 
 
 def test_the_number_of_cells_is_that_of_the_data_and_no_other():
