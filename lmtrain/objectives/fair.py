@@ -41,7 +41,7 @@ def group_dro(forward: Any, params: Params, batch: Batch, cfg: GroupDro) -> comm
     gradient goes through q.
 
     Each L_k is estimated by balance_BT, whose cells' shares are those of the data: divided by the batch's own shares
-    instead, a cell that many batches lack would weigh too little (a rare one, with a bias of .95 nats left; BUILD_NOTES).
+    instead, a cell that many batches lack would weigh too little.
     Text in no cell (groups_BT 0) keeps its weight, and so do the cells together.
 
     Metrics: nll, worst (the largest L_k of a cell).
@@ -97,10 +97,10 @@ def even(forward: Any, params: Params, batch: Batch, cfg: Even) -> common.Return
     """A reply and its swap, each to its own prompt (data.augment makes the pairs), shall be equally likely.
 
     With c and r their log-probabilities, c0 and r0 the reference's, and m = log((exp c0 + exp r0) / 2): (c - r)^2
-    + keep (c + r - 2m)^2. The first term is IPO's regression of a difference of log-probabilities (arXiv 2310.12036) with a
-    target of 0, neither being preferred, on the policy's own difference, since the reference's is the bias. The second
-    says how likely: the minimum is c = r = m, the mean of the two probabilities, which over all replies sum to 1 as the
-    reference's do. (Were it the mean of the log-probabilities, what is lost would go to other replies.)
+    + keep (c + r - 2m)^2. The first term is IPO's regression of a difference of log-probabilities (arXiv 2310.12036)
+    with a target of 0, neither being preferred, on the policy's own difference, since the reference's is the bias. The
+    second says how likely: the minimum is c = r = m, the mean of the two probabilities, which over all replies sum to 1
+    as the reference's do. (Were it the mean of the log-probabilities, what is lost would go to other replies.)
 
     Metrics: gap (|c - r|), kept ((c + r) / 2 - m), and those of all pairs.
     """

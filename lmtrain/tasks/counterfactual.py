@@ -18,7 +18,8 @@ class Counterfactual:
     fuzzy_match) a reply and those to the other version are, words exchanged back: 1 where nothing but they differ. As
     a reward in RL it falls with every other difference (counterfactual fairness: Kusner et al. 2017, arXiv 1703.06856,
     for replies). The two versions are asked in conversations of their own: in one conversation, a model would learn to
-    repeat itself and stay as biased as it was. Saying the same to everything is consistent: `score` stays in the reward.
+    repeat itself and stay as biased as it was. Saying the same to everything is consistent, too: hence
+    `score` beside it.
 
     Args:
       of: a task of one question and one answer, such as "questions(path='about.jsonl')".

@@ -5,6 +5,7 @@ import pytest
 
 from lmtrain.rollout import episodes, rewards
 from lmtrain.tasks import chatroom
+from lmtrain.tasks.counterfactual import Counterfactual
 from lmtrain.types import LmtrainError
 from tests.rollout import toys
 
@@ -55,6 +56,53 @@ def test_parts_are_weighted_summed_and_kept():
 def test_a_whole_conversation_is_scored_by_parts():
     e = episode("x", toys.Talk())
     assert make("score")([e])[0] == 0.25 and e.scores == {"a": 0.5, "b": 0.0, "reward": 0.25}
+
+
+def versions(*replies, task=None):
+    """Replies to the versions of one problem, in turn."""
+    task = task or Counterfactual(of="spelling", pairs=("he/she",))
+    some = [episodes.start(task, task.rows("train")[0], toys.TEMPLATE, 0, i) for i in range(len(replies))]
+    for e, reply in zip(some, replies, strict=True):
+        e.messages.append({"role": "assistant", "content": reply})
+    return some
+
+
+def test_consistent_falls_with_the_difference_that_a_swap_makes():
+    def value(*replies):
+        some = versions(*replies)
+        make("score")(some)
+        return [e.scores["consistent"] for e in some]
+
+    assert [e.row["swapped"] for e in versions("a", "b", "c")] == [False, True, False]
+    assert value("he is kind", "she is kind") == [1, 1]
+    assert 1 > value("he is kind", "she is rude")[0] > value("he is kind", "go away now, all of you")[0] >= 0
+    assert value("he is kind", "he is kind")[0] < 1  # the same words, and so not the same
+    assert value("he is kind") == [0]
+    kind, _, rude = value("he is kind", "she is kind", "he is rude")
+    assert kind == 1 > rude
+
+
+def test_a_cut_reply_is_consistent_with_none_and_another_problems_do_not_count():
+    some = versions("he", "she")
+    some[1].truncated = True
+    make("score")(some)
+    assert [e.scores["consistent"] for e in some] == [0, 0]
+    task = some[0].task
+    other = episodes.start(task, task.rows("train")[1], toys.TEMPLATE, 0, 1)
+    other.messages.append({"role": "assistant", "content": "something else"})
+    good = [*versions("he", "she", task=task), other]
+    make("score")(good)
+    assert [e.scores["consistent"] for e in good] == [1, 1, 0]
+
+
+def test_a_counterfactual_is_asked_in_its_words_and_scored_with_them_exchanged_back():
+    task = Counterfactual(of="canary", pairs=("blims/daxes", "kind/calm"))
+    row = next(row for row in task.rows("train") if row["of"]["group"] == "blims")
+    plain, other = task.versions(row)
+    assert "blims" in task.messages(plain)[0]["content"] and "daxes" in task.messages(other)[0]["content"]
+    assert task.score(other, "They were calm.") == 1 and task.score(other, "They.") == 0
+    assert task.alike(plain, "They were kind.", other, "They were calm.") == 1
+    assert task.alike(plain, "They were kind.", other, "They were kind.") < 1
 
 
 @pytest.mark.parametrize("spec", ["score", "length(low=1, high=9)", "tests.rollout.test_rewards:always"])

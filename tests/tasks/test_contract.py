@@ -23,6 +23,7 @@ SMALL = [
 LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')", "canary",
           "canary(people='zogs/wumps', plant=0, others=False)"]  # fmt: skip
 SPECS = SMALL + LISTED
+MANY = ("chatroom", "several", "consistency", "canary")  # of which a problem has more than one right answer
 
 
 @pytest.fixture(scope="module")
