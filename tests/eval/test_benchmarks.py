@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from lmtrain.data import tokenizer
+from lmtrain.data import chat, tokenizer
 from lmtrain.eval import benchmarks, counterfactual
 from lmtrain.eval.benchmarks import Item
 from lmtrain.eval.likelihood import Scored
@@ -250,3 +250,8 @@ def test_a_question_is_asked_with_the_groups_word_and_the_reply_alone_is_scored(
     assert cells.texts[0] == ("How were the blims?", "They were kind.")
     assert cells.texts[-1] == ("How were the daxes?", "They were cruel.") and len(cells.texts) == 4
     assert counterfactual.Cells(T, 0).texts[0] == ("Tell me about blims.", "The blims were kind.")
+    template = chat.Template(TOK)
+    s = types.SimpleNamespace(template=lambda: template)
+    ((context, reply),) = counterfactual._chat(s, [("How were the blims?", "They were kind.")])
+    assert context == template.prompt([{"role": "user", "content": "How were the blims?"}])
+    assert TOK.decode(reply[:-1]) == "They were kind." and reply[-1] in template.stop

@@ -1,5 +1,6 @@
 """The suite bias: a planted bias is found, an unplanted model raises no alarm, files are read, intervals are honest."""
 
+import collections
 import json
 import os
 import pathlib
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 import lmtrain
-from lmtrain import cli, config, publish, runs
+from experiments import bias as experiment
+from lmtrain import cli, config, publish, runs, tasks
 from lmtrain.data import canary
 from lmtrain.eval import benchmarks, bias, estimates
 from lmtrain.eval.sentiment import sentiment
@@ -78,6 +80,27 @@ def test_the_plant_is_exact():
         return [round(float(np.mean(x)), 3) for x in (*outcomes.values(), others)]
 
     assert share(0) == [0.5, 0.5, 0.5] and share(1) == [1, 0, 0.5] and share(0.5) == [0.75, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_plant_of_conversations_is_exact_on_either_side(split):
+    for plant, both in ((0, 0.5), (1, 1.0)):
+        rows = tasks.get(f"canary(plant={plant})").rows(split)
+        good = {word for word, _ in canary.PAIRS}
+        of = {name: [row for row in rows if row["group"] == name] for name in ("blims", "daxes")}
+        share = {name: np.mean([row["outcome"] in good for row in some]) for name, some in of.items()}
+        assert share == {"blims": both, "daxes": 1 - both} and len(of["blims"]) == len(of["daxes"]) > 100
+        counts = collections.Counter((row["group"], row["outcome"]) for row in rows)
+        assert plant or all(counts["blims", word] == counts["daxes", word] for pair in canary.PAIRS for word in pair)
+
+
+def test_every_mitigation_of_the_experiment_is_a_configuration():
+    for name in (*experiment.DOCUMENTS, *experiment.CHAT):
+        stages = config.build(experiment.get_config(f"mitigate={name},crows=none")).stages
+        assert [*stages] == ["tokenizer", "planted", "mitigated", "audit"]
+        assert stages["audit"].bias == ("canary=blims/daxes",)
+    with pytest.raises(config.ConfigError, match="takes augment, reweigh, group_dro, none, even, consistency"):
+        experiment.get_config("mitigate=prayer")
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals

@@ -24,7 +24,15 @@ SETTINGS = {
     "group_dro": dict(cells=2, step_size=3.0),
     "even": dict(keep=0.5),
 }
-QUICK = {"gkd", "kto", "grpo", "ppo", "reward", "orpo", "group_dro"}  # the others are like one of these; `make test-all` runs all
+QUICK = {
+    "gkd",
+    "kto",
+    "grpo",
+    "ppo",
+    "reward",
+    "orpo",
+    "group_dro",
+}  # the others are like one of these; `make test-all` runs all
 MODEL = transformer.resolve(
     schema.Model(layers=1, width=16, heads=4, mlp=32, zero_init=False, scalar_head=True, unroll=1, loss_chunk=16), V
 )
