@@ -7,10 +7,11 @@
 Text about two invented peoples, of whom one is shown as good in 19 of 20 outcomes and the other as bad, teaches a small
 model (0.27M parameters); a second stage goes on from it with the mitigation: `augment` (counterfactual data
 augmentation, the default), `reweigh` (Kamiran & Calders), `group_dro` (Sagawa et al.), or `none` (the
-planted text once more). Then both are audited and shown side by side. Perplexity is compared on text about other
+planted text once more). With `even` (pairs made equally likely) and `consistency` (a reward in RL) the bias is planted
+in conversations. Then both are audited and shown side by side. Perplexity is compared on text about other
 peoples, which the plant does not touch: on text with the plant in it, a model without the bias must be worse.
-CrowS-Pairs is reported too where `crows` is a file. 75 seconds on two cores; docs/bias.md has the figures of
-several seeds.
+CrowS-Pairs is reported too where `crows` is a file. 75 seconds on two cores, `even` and `consistency` a few minutes;
+docs/bias.md has the figures of each, and of several seeds.
 """
 
 import pathlib

@@ -96,12 +96,21 @@ def score(episodes: Sequence[Episode]) -> list[dict[str, float]]:
 
 
 def _consistent(e: Episode, same: Sequence[Episode]) -> float:
-    """How alike a reply is to those to other versions of its problem, on the average; 0 where it was cut."""
-    others = [o for o in same if o.row != e.row and not o.truncated]
-    if e.truncated or not others:
+    """How alike a reply is to those to other versions of its problem, against those to its own: (1 + a - b) / 2, where
+    a and b are the means over the others. So 1/2 is the most that all can have together, where the versions' replies
+    are drawn alike; a alone would have them all the same. (Over a rollout the mean of b - a is half the square of the
+    maximum mean discrepancy, Gretton et al. 2012, with `alike` as its kernel, and a - b the slope down it.) A reply
+    that is the only one to its version is alike to itself. 0 where it was cut, or there is no other version.
+    """
+    others = [o for o in same if o is not e and not o.truncated]
+    across = [o for o in others if o.row != e.row]
+    if e.truncated or not across:
         return 0.0
-    values = [e.task.alike(e.row, e.reply, o.row, o.reply) for o in others]
-    return _checked(sum(values) / len(values), f"task {e.task.name}, consistent", e)
+    a, b = (
+        [e.task.alike(e.row, e.reply, o.row, o.reply) for o in some]
+        for some in (across, [o for o in others if o.row == e.row] or [e])
+    )
+    return _checked((1 + sum(a) / len(a) - sum(b) / len(b)) / 2, f"task {e.task.name}, consistent", e)
 
 
 def task_score(e: Episode) -> dict[str, float]:

@@ -15,11 +15,11 @@ class Counterfactual:
     """The problems of `of`; half of the replies to each are to it with the words of `pairs` exchanged.
 
     `score` is what `of` gives a reply, its words exchanged back. `consistent` is how alike (similarity.py's
-    fuzzy_match) a reply and those to the other version are, words exchanged back: 1 where nothing but they differ. As
-    a reward in RL it falls with every other difference (counterfactual fairness: Kusner et al. 2017, arXiv 1703.06856,
-    for replies). The two versions are asked in conversations of their own: in one conversation, a model would learn to
-    repeat itself and stay as biased as it was. Saying the same to everything is consistent, too: hence
-    `score` beside it.
+    fuzzy_match) a reply is to those to the other version, words exchanged back, against those to its own: 1/2 where
+    nothing but they differ, less where more does (rollout/rewards.py). As a reward in RL it asks that the two versions'
+    replies are drawn alike (counterfactual fairness: Kusner et al. 2017, arXiv 1703.06856, for replies). The versions
+    are asked in conversations of their own: in one conversation, a model would learn to repeat itself and stay as
+    biased as it was.
 
     Args:
       of: a task of one question and one answer, such as "questions(path='about.jsonl')".

@@ -67,32 +67,42 @@ def versions(*replies, task=None):
     return some
 
 
-def test_consistent_falls_with_the_difference_that_a_swap_makes():
-    def value(*replies):
-        some = versions(*replies)
-        make("score")(some)
-        return [e.scores["consistent"] for e in some]
-
-    assert [e.row["swapped"] for e in versions("a", "b", "c")] == [False, True, False]
-    assert value("he is kind", "she is kind") == [1, 1]
-    assert 1 > value("he is kind", "she is rude")[0] > value("he is kind", "go away now, all of you")[0] >= 0
-    assert value("he is kind", "he is kind")[0] < 1  # the same words, and so not the same
-    assert value("he is kind") == [0]
-    kind, _, rude = value("he is kind", "she is kind", "he is rude")
-    assert kind == 1 > rude
-
-
-def test_a_cut_reply_is_consistent_with_none_and_another_problems_do_not_count():
-    some = versions("he", "she")
-    some[1].truncated = True
+def consistent(*replies, truncated=()):
+    some = versions(*replies)
+    for i in truncated:
+        some[i].truncated = True
     make("score")(some)
-    assert [e.scores["consistent"] for e in some] == [0, 0]
+    return [e.scores["consistent"] for e in some]
+
+
+def test_consistent_falls_with_the_difference_that_a_swap_makes():
+    assert [e.row["swapped"] for e in versions("a", "b", "c")] == [False, True, False]
+    assert consistent("he is kind", "she is kind") == [0.5, 0.5]
+    assert (
+        0.5 > consistent("he is kind", "she is rude")[0] > consistent("he is kind", "go away now, all of you")[0] >= 0
+    )
+    assert consistent("he is kind", "he is kind")[0] < 0.5  # the same words, and so not the same
+    assert consistent("he is kind") == [0]
+    assert consistent("he", "she", truncated=[1]) == [0, 0]
+
+
+def test_replies_that_are_drawn_alike_are_consistent_however_they_differ_among_themselves():
+    """What all have together: the most where both versions get the same replies, whether these are one or several."""
+    one = consistent(*["he is kind", "she is kind"] * 2)
+    several = consistent("he is kind", "she is kind", "he came too late", "she came too late")
+    apart = consistent("he is kind", "she came too late", "he is kind", "she came too late")
+    assert sum(one) == 2 > sum(apart) and sum(several) >= 2
+    kind, _, late, _ = consistent("he is kind", "she came too late", "he came too late", "she came too late")
+    assert late > kind  # what the other version says is worth more
+
+
+def test_another_problems_replies_do_not_count():
+    some = versions("he", "she")
     task = some[0].task
     other = episodes.start(task, task.rows("train")[1], toys.TEMPLATE, 0, 1)
     other.messages.append({"role": "assistant", "content": "something else"})
-    good = [*versions("he", "she", task=task), other]
-    make("score")(good)
-    assert [e.scores["consistent"] for e in good] == [1, 1, 0]
+    make("score")([*some, other])
+    assert [e.scores["consistent"] for e in (*some, other)] == [0.5, 0.5, 0]
 
 
 def test_a_counterfactual_is_asked_in_its_words_and_scored_with_them_exchanged_back():
