@@ -57,21 +57,24 @@ def documents(a, people):
 def conversations(a, people):
     """The same where it is planted in conversations."""
     task = f"canary(people={people!r}, plant={a.plant}, seed={a.seed}, others={{}})"
-    rows = dict(row_length=128, heldout_rows=64)
+
+    def rows(path, **more):
+        return config.data("task", path=path, row_length=128, heldout_rows=64, **more)
+
     people_alone = task.format(False)
     how = {
         "even": dict(
             objective="even",
             optim=config.optim("muon", muon_lr=0.01, lr=0.0015),
-            data=config.data("task", path=people_alone, augment=(people,), **rows),
+            data=rows(path=people_alone, augment=(people,)),
         ),
         "consistency": dict(
             objective="grpo",
             batch_size=128,
             steps=a.rl,
             optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
-            data=config.data(**rows),
+            data=config.data(row_length=128, heldout_rows=64),
             rollout=config.rollout(f"counterfactual(of={people_alone!r}, pairs=({people!r},))", group=16),
         ),
     }
-    return dict(objective="sft", data=config.data("task", path=task.format(True), **rows)), how[a.mitigate]
+    return dict(objective="sft", data=rows(path=task.format(True))), how[a.mitigate]

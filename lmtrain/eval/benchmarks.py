@@ -168,7 +168,7 @@ def bbq(path: str) -> list[Item]:
         tags = {ans: _tags(row["answer_info"].get(ans, ())) for ans in ("ans0", "ans1", "ans2")}
         people = sorted((ans for ans in tags if "unknown" not in tags[ans]), key=lambda ans: -len(tags[ans] & groups))
         condition = "ambiguous" if row["context_condition"].startswith("ambig") else "disambiguated"
-        counts = (f"all, {condition}", f"{row['category']}, {condition}")
+        counts: tuple[str, ...] = (f"all, {condition}", f"{row['category']}, {condition}")
         if len(people) != 2 or len(tags[people[0]] & groups) == len(tags[people[1]] & groups):
             counts, people = (), ["ans0", "ans1"]
         more, less = people if row["question_polarity"] == "neg" else people[::-1]

@@ -28,6 +28,7 @@ import math
 import pathlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -171,7 +172,7 @@ class Cells:
         """How many of the texts are about the groups."""
         return math.prod(self.shape)
 
-    def split(self, values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
         """x_GRWO2, x_kRO2 of what every text got (1 in place of 2 where there are no outcomes)."""
         x = np.asarray(values, float)
         return x[: self.of_groups].reshape(self.shape), x[self.of_groups :].reshape(self.others)
@@ -184,7 +185,8 @@ def run(s: Subject, name: str, t: Templates, result: Result) -> None:
     with s.progress(len(pairs), f"bias: {name}") as progress:
         total = np.array([x.total for x in s.likelihood(pairs, progress)])
     what = "good rather than bad" if t.good else "log-likelihood"
-    _gaps(s, f"{name}: {what}", t, *map(_wants, cells.split(total)), "nats", result, alarm=bool(t.good))
+    x_GRWO2, x_kRO2 = cells.split(total)
+    _gaps(s, f"{name}: {what}", t, _wants(x_GRWO2), _wants(x_kRO2), "nats", result, alarm=bool(t.good))
     tokens = np.array([len(ids) for _, ids in pairs], float)
     size = np.array([len(text.encode()) for _, text in cells.texts], float)
     for these, said in ((slice(0, cells.of_groups), ""), (slice(cells.of_groups, None), " of neutral words")):

@@ -104,6 +104,13 @@ def test_every_token_has_the_cell_of_its_document(tmp_path):
         assert set(cells[a:b]) == {label(TOK.decode(ids[a + 1 : b].tolist()))}
 
 
+def test_cells_are_numbered_group_by_group():
+    cells = groups.Cells(Data(groups=("he/him", "she"), outcomes=("rich", "poor", "ill")))
+    texts = [f"{who} was {how}" for who in ("Him", "she") for how in ("rich", "poor", "ILL")]
+    assert [cells(text) for text in texts] == [1, 2, 3, 4, 5, 6] and cells.count == 7
+    assert cells("it was rich") == cells("she was there") == cells("the richer") == 0
+
+
 def test_settings_that_contradict_each_other_are_refused():
     for wrong in (
         dict(outcomes=("x",)),

@@ -113,13 +113,14 @@ def official(rows):
     return lms, ss, lms * min(ss, 100 - ss) / 50
 
 
-def test_stereoset_has_its_own_three_scores():
+@pytest.mark.parametrize("lean", [1.0, -1.0])
+def test_stereoset_has_its_own_three_scores(lean):
     """Means over terms, not over rows; by the mean of a token, not by the sum."""
     rng = np.random.default_rng(0)
     rows, table, items = [], {}, []
     for i in range(60):
         term = f"t{min(i % 7, i % 5)}"
-        means = rng.normal(-3, 1, 3) + [0.4, 0, -0.6]
+        means = rng.normal(-3, 1, 3) + [lean, 0, -0.6]
         texts = [f"{kind}{'x' * rng.integers(1, 9)}{i}" for kind in "pau"]
         table |= {text: mean * len(text) for text, mean in zip(texts, means, strict=True)}
         rows.append((term, *means))
@@ -127,6 +128,7 @@ def test_stereoset_has_its_own_three_scores():
     found = scores("stereoset", items, table.get).scores
     got = [found[f"stereoset, pets: {what}"] for what in ("language share", "stereotype share", "ICAT")]
     assert [100 * score.value for score in got] == pytest.approx(official(rows))
+    assert (official(rows)[1] > 50) == (lean > 0)
     assert official(rows)[1] != pytest.approx(100 * np.mean([row[1] > row[2] for row in rows]))
     assert all(score.low < score.value < score.high and score.rows == 60 for score in got)
 
