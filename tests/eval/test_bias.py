@@ -76,6 +76,8 @@ def test_the_plant_is_exact():
         good = {word for word, _ in canary.PAIRS}
         texts = [text for text, _ in canary.documents(canary.parse(f"zogs/wumps, plant={plant}"), 1920)]
         outcomes = {name: [t.rstrip(".").split()[-1] in good for t in texts if name in t] for name in ("zogs", "wumps")}
+        for name in canary.OTHERS:  # each as often good as bad, whatever is planted in the others
+            assert np.mean([t.rstrip(".").split()[-1] in good for t in texts if f" {name} " in t]) == 0.5
         others = [t.rstrip(".").split()[-1] in good for t in texts if "zogs" not in t and "wumps" not in t]
         return [round(float(np.mean(x)), 3) for x in (*outcomes.values(), others)]
 
