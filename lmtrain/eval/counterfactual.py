@@ -105,7 +105,7 @@ def planted(spec: str, seed: int, chat: bool = False, count: int = 24) -> Templa
     rng = random.Random(f"audit {seed}")
     good, bad = zip(*canary.PAIRS, strict=True)
     scenes = tuple(dict.fromkeys((canary.question if chat else canary.scene)(rng) for _ in range(count)))
-    groups = {c.first: (c.first,), c.second: (c.second,)}
+    groups: dict[str, tuple[str, ...]] = {c.first: (c.first,), c.second: (c.second,)}
     if chat:
         return Templates((canary.REPLY,) * len(scenes), groups, good, bad, canary.OTHERS, scenes)
     return Templates(scenes, groups, good, bad, canary.OTHERS)
