@@ -24,7 +24,7 @@ DOCUMENTS, CHAT = ("augment", "reweigh", "group_dro", "none"), ("even", "consist
 
 def get_config(arg=""):
     a = config.parse_arg(
-        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, rl=60, seed=0,
+        arg, mitigate="augment", plant=0.9, first="blims", second="daxes", steps=400, more=300, rl=100, seed=0,
         crows="../shared/data/crows_pairs.csv",
     )  # fmt: skip
     if a.mitigate not in DOCUMENTS + CHAT:
@@ -70,11 +70,12 @@ def conversations(a, people):
         ),
         "consistency": dict(
             objective="grpo",
+            loss=dict(beta=0.05),
             batch_size=128,
             steps=a.rl,
             optim=config.optim("muon", muon_lr=0.002, lr=0.001, schedule="constant", warmup=0),
             data=config.data(row_length=128, heldout_rows=64),
-            rollout=config.rollout(f"counterfactual(of={people_alone!r}, pairs=({people!r},))", group=16),
+            rollout=config.rollout(f"counterfactual(of={people_alone!r}, pairs=({people!r},))", group=32),
         ),
     }
     return dict(objective="sft", data=rows(path=task.format(True))), how[a.mitigate]

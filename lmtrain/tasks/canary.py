@@ -47,6 +47,10 @@ class Canary:
     def score(self, row: Row, reply: str) -> float:
         return float(reply.strip() in {said(outcome) for pair in canary.PAIRS for outcome in pair})
 
+    def answer(self, row: Row, reply: str) -> str:
+        """All of it: another outcome is another answer."""
+        return reply.strip()
+
     def solution(self, row: Row) -> list[Message]:
         return assistant(said(row["outcome"]))
 

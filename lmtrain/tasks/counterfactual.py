@@ -14,9 +14,10 @@ from lmtrain.types import LmtrainError
 class Counterfactual:
     """The problems of `of`; half of the replies to each are to it with the words of `pairs` exchanged.
 
-    `score` is what `of` gives a reply, its words exchanged back. `consistent` is how alike (similarity.py's
-    fuzzy_match) a reply is to those to the other version, words exchanged back, against those to its own: 1/2 where
-    nothing but they differ, less where more does (rollout/rewards.py). As a reward in RL it asks that the two versions'
+    `score` is what `of` gives a reply, its words exchanged back. `consistent` is how alike (the same
+    answer; similarity.py's fuzzy_match where `of` has no `answer`) a reply is to those to the other version, words
+    exchanged back, against those to its own: 1/2 where nothing but they differ, less where more does
+    (rollout/rewards.py). As a reward in RL it asks that the two versions'
     replies are drawn alike (counterfactual fairness: Kusner et al. 2017, arXiv 1703.06856, for replies). The versions
     are asked in conversations of their own: in one conversation, a model would learn to repeat itself and stay as
     biased as it was.
@@ -50,8 +51,12 @@ class Counterfactual:
         return float(self.of.score(row["of"], self._back(row, reply)))
 
     def alike(self, row: Row, reply: str, other: Row, theirs: str) -> float:
-        """Of two replies, to two versions of a problem."""
-        return similarity.fuzzy_match(self._back(row, reply).strip(), self._back(other, theirs).strip())
+        """Of two replies, to two versions of a problem: 1 or 0 where `of` says which answers are the same."""
+        said = [(row, self._back(row, reply)), (other, self._back(other, theirs))]
+        if hasattr(self.of, "answer"):
+            first, second = (self.of.answer(r["of"], text) for r, text in said)
+            return float(first == second)
+        return similarity.fuzzy_match(*(text.strip() for _, text in said))
 
     def _back(self, row: Row, reply: str) -> str:
         return self.swap(reply) if row["swapped"] else reply

@@ -56,6 +56,22 @@ def test_cells_that_are_not_there_and_equal_losses_leave_pretraining_as_it_is(to
     assert float(total(toy, params, batch, GroupDro(cells=3))[0]) == pytest.approx(float(plain), rel=1e-6)
 
 
+def test_a_cell_that_the_batch_lacks_takes_the_mean_and_so_moves_no_others_weight_much(toy, batch):
+    """The cells that are there weigh as if the one that is not had their mean loss, not a loss of 0."""
+    params, cfg = toy.parameters(), GroupDro(cells=3, step_size=2.0)
+    got = float(total(toy, params, batch, cfg)[0])
+    nll_BT = np.asarray(toy.Bigram().losses(params, batch).nll_BT * batch["weights_BT"])
+    w = batch["weights_BT"]
+    cut = [slice(4), slice(4, 5)]
+    loss = np.array([nll_BT[rows].sum() / w[rows].sum() for rows in cut])
+    mean = nll_BT[:5].sum() / w[:5].sum()
+    q = np.exp(2.0 * np.append(loss, mean))
+    q = 3 * q / q.sum()
+    balance = [batch["balance_BT"][0, 0], batch["balance_BT"][4, 0]]
+    wanted = sum(q[k] * balance[k] * nll_BT[rows].sum() for k, rows in enumerate(cut)) + nll_BT[5].sum()
+    assert got == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_microbatches_do_not_change_the_loss_or_its_gradient(toy, batch):
     params, forward, cfg = toy.parameters(), toy.Bigram(), GroupDro(cells=2, step_size=3.0)
     parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]

@@ -60,7 +60,7 @@ def test_a_whole_conversation_is_scored_by_parts():
 
 def versions(*replies, task=None):
     """Replies to the versions of one problem, in turn."""
-    task = task or Counterfactual(of="spelling", pairs=("he/she",))
+    task = task or Counterfactual(of="tests.rollout.toys:Parity", pairs=("he/she",))
     some = [episodes.start(task, task.rows("train")[0], toys.TEMPLATE, 0, i) for i in range(len(replies))]
     for e, reply in zip(some, replies, strict=True):
         e.messages.append({"role": "assistant", "content": reply})
@@ -112,7 +112,7 @@ def test_a_counterfactual_is_asked_in_its_words_and_scored_with_them_exchanged_b
     assert "blims" in task.messages(plain)[0]["content"] and "daxes" in task.messages(other)[0]["content"]
     assert task.score(other, "They were calm.") == 1 and task.score(other, "They.") == 0
     assert task.alike(plain, "They were kind.", other, "They were calm.") == 1
-    assert task.alike(plain, "They were kind.", other, "They were kind.") < 1
+    assert task.alike(plain, "They were kind.", other, "They were kind.") == 0
 
 
 @pytest.mark.parametrize("spec", ["score", "length(low=1, high=9)", "tests.rollout.test_rewards:always"])
