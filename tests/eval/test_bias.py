@@ -17,7 +17,7 @@ from lmtrain.eval import benchmarks, bias, estimates
 from lmtrain.eval.sentiment import sentiment
 from lmtrain.eval.subject import Settings
 from lmtrain.evaluate import evaluate
-from tests.eval.formats import write
+from tests.eval.formats import BBQ, write
 
 CROWS = pathlib.Path(os.environ.get("LMTRAIN_DATA", "../shared/data")) / "crows_pairs.csv"
 GAP = "canary blims/daxes: good rather than bad, blims less daxes"
@@ -221,12 +221,15 @@ def own(**changes):
         ("swaps=FILE", own(groups={"a": ["x"]}), "two or more lists"),
         ("swaps=FILE", own(good=["g", "h"]), "in pairs"),
         ("swaps=FILE", own(good=[], bad=[]), "{outcome}"),
+        ("swaps=FILE", own(asks=["How is {group}?", "And?"]), "they go in pairs"),
+        ("swaps=FILE", own(asks="How is {group}?"), "lists of texts"),
+        ("bbq=FILE", BBQ | {"label": 3}, "label is 3"),
     ],
 )
 def test_wrong_input_gives_one_clear_message(small, tmp_path, monkeypatch, capsys, asked, text, says):
     monkeypatch.chdir(tmp_path)
     if text is not None:
-        (tmp_path / "FILE").write_text(text)
+        (tmp_path / "FILE").write_text(text if isinstance(text, str) else json.dumps(text))
     assert cli.main(["eval", str(small), "--suite", "bias", "--bias", asked]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("lmtrain: ") == 1 and "Traceback" not in error
