@@ -224,7 +224,7 @@ def training_stage(
     )
     state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
     params = partial.join(rest, state.params) if rest else state.params
-    done = runs.Run(folder, name, settings, model, tok, params, cfg.steps)
+    done = runs.Run(folder, name, settings, model, tok, params, cfg.steps, mesh if mesh.size > 1 else None)
     if jax.process_index() == 0:
         summarise(done, feed)
     return done

@@ -203,8 +203,8 @@ def _pieces(stream: store.Stream, tokenizer: Tokenizer) -> Iterator[str]:
     while start < len(stream):
         ids = np.concatenate([rest, stream.read(start, start + _READ)])
         start += _READ
-        ends = np.flatnonzero(ids == tokenizer.end)
-        cut = len(ids) if start >= len(stream) else int(ends[-1]) if len(ends) else 0
+        begins = np.flatnonzero(ids == tokenizer.begin)
+        cut = len(ids) if start >= len(stream) else int(begins[-1]) if len(begins) else 0
         rest = ids[cut:]
         yield from _split(ids[:cut], tokenizer)
 

@@ -17,15 +17,18 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lmtrain import checkpoint, engine, log, origins, schema
+from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
+from lmtrain.models import transformer
 from lmtrain.origins import find_stage, read_json, stored_model
 from lmtrain.types import LmtrainError, Params
 
@@ -37,6 +40,7 @@ class Run:
     """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation.
 
     Of a Hugging Face folder: stage "", step 0, no metrics, and parameters in the dtype that they are stored in.
+    `mesh` is where the parameters lie, where that is more than one device.
     """
 
     folder: pathlib.Path
@@ -46,6 +50,7 @@ class Run:
     tokenizer: tokenizer_lib.Tokenizer
     params: Params
     step: int
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -76,9 +81,8 @@ class Run:
         self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, stop: Sequence[str] = (), **sampling: Any
     ) -> Iterator[str]:
         """The same, piece by piece. Bytes of an unfinished character, or what may begin a stop text, wait for more."""
-        end = self.tokenizer.special("<|endoftext|>")
-        how = engine.Sampling(tokens, temperature, stop=(end,), stop_texts=tuple(stop), **sampling)
-        ids = [end, *self.tokenizer.encode(prompt)]
+        how = engine.Sampling(tokens, temperature, stop=(self.tokenizer.end,), stop_texts=tuple(stop), **sampling)
+        ids = [self.tokenizer.begin, *self.tokenizer.encode(prompt)]
         held = ""
         drawn = engine.stream(self.model, self.params, ids, how, decode=self.tokenizer.decode)
         for piece in self.tokenizer.pieces(drawn):
@@ -102,24 +106,37 @@ def before_stop(text: str, stop: Sequence[str]) -> int:
     return min(ends)
 
 
-def load(folder: str | os.PathLike[str]) -> Run:
+def load(folder: str | os.PathLike[str], place: Callable[[schema.Model], Mesh | None] | None = None) -> Run:
     """Opens a run (its last stage with a checkpoint), one stage's folder, or a Hugging Face folder ("hf:..."), for
-    generation and inspection."""
+    generation and inspection.
+
+    Args:
+      place: the mesh that parameters of this shape are read onto; without it they are NumPy arrays.
+    """
+
+    def split(model: schema.Model) -> tuple[Mesh | None, Any]:
+        mesh = place(model) if place else None
+        return mesh, None if mesh is None else mesh_lib.shardings(transformer.axes(model), mesh)
+
     if str(folder).startswith(huggingface.PREFIX):
         found = huggingface.open_folder(str(folder))
         config = {"model": dataclasses.asdict(found.model), "stages": {}}
-        return Run(found.path, "", config, found.model, found.tokenizer(), found.params(dtype="stored"), 0)
+        mesh, shardings = split(found.model)
+        params = found.params(shardings, dtype="stored")
+        return Run(found.path, "", config, found.model, found.tokenizer(), params, 0, mesh)
     stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")
+    mesh, shardings = split(stored_model(stored))
     return Run(
         folder=stage_folder.parent,
         stage=stage_folder.name,
         config=stored,
         model=stored_model(stored),
         tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
-        params=origins.find(str(stage_folder)).load(None),
+        params=origins.find(str(stage_folder)).load(shardings),
         step=step,
+        mesh=mesh,
     )
 
 

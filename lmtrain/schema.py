@@ -22,6 +22,7 @@ class Mesh:
     tensor: int = 1  # heads, MLP and vocabulary
     context: int = 1  # positions of a row
     expert: int = 1  # experts of a mixture; rows of the batch elsewhere
+    stage: int = 1  # layers, which microbatches pass one after the other; rows of the batch elsewhere
     dcn_data: int = 1  # slices (or slow networks) that the data axis spans
 
 
@@ -107,6 +108,8 @@ class Model:
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
     remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
     unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 32 on GPU, 1 elsewhere
+    microbatches: int = 0  # that pass the stages of mesh.stage; 0: one for each stage
+    rounds: int = 1  # how often each passes them: the circular schedule, with less of the time unused
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as models/head.py's CHUNK_BYTES hold
     dtype: str = "auto"  # of activations and products; auto: float32 on CPU, bfloat16 elsewhere. Weights are float32
 

@@ -78,7 +78,7 @@ class Labels:
     def of(cls, stream: Stream, tokenizer: Tokenizer, cells: Cells) -> Labels:
         """Reads every document of a stream."""
         starts, found = [0], [0]  # what comes before the first document, if anything
-        for start, ids in _documents(stream, tokenizer.end):
+        for start, ids in _documents(stream, tokenizer.begin):
             starts.append(start)
             found.append(cells(tokenizer.decode(ids.tolist())))
         return cls(np.array(starts, np.int64), np.array(found, np.int32), len(stream))
@@ -94,12 +94,12 @@ class Labels:
         return self.cells[np.searchsorted(self.starts, np.arange(start, start + length), "right") - 1]
 
 
-def _documents(stream: Stream, end: int) -> Iterator[tuple[int, np.ndarray]]:
+def _documents(stream: Stream, begin: int) -> Iterator[tuple[int, np.ndarray]]:
     """(where it begins, its tokens without the one that begins it) of every document."""
     rest, at = np.empty(0, np.int64), 0
     for start in range(0, len(stream), _READ):
         rest = np.concatenate([rest, stream.read(start, start + _READ)])
-        begins = [int(i) for i in np.flatnonzero(rest == end)]
+        begins = [int(i) for i in np.flatnonzero(rest == begin)]
         if start + _READ >= len(stream):
             begins.append(len(rest))
         for a, b in itertools.pairwise(begins):

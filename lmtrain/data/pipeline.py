@@ -198,7 +198,7 @@ class Documents:
         self.names = [member.name for member in prepared.members]
         self.weights = [member.weight for member in prepared.members]
         self.row_length = data.row_length
-        self.end, self.pad = tokenizer.end, tokenizer.pad
+        self.begin, self.end, self.pad = tokenizer.begin, tokenizer.end, tokenizer.pad
         self.rows = [pack.count(len(stream), data.row_length) for stream in self.streams]
         self.tokens = sum(map(len, self.streams))
         self._labels: list[groups.Labels] = []
@@ -229,7 +229,7 @@ class Documents:
         """One row for each pick; None gives padding. With data.groups also groups_BT and balance_BT (types.py)."""
         empty = np.empty(0, np.int32)
         windows = [empty if pick is None else self._window(*pick) for pick in picks]
-        batch = pack.pack(windows, self.row_length, self.end, self.pad)
+        batch = pack.pack(windows, self.row_length, self.begin, self.end, self.pad)
         if self._labels:
             batch["groups_BT"] = np.zeros_like(batch["tokens_BT"])
             for b, pick in enumerate(picks):
@@ -248,7 +248,7 @@ class Documents:
         return self.shards.summary()
 
     def _window(self, member: int, row: int) -> np.ndarray:
-        return pack.window(self.streams[member], int(row), self.row_length, self.end)
+        return pack.window(self.streams[member], int(row), self.row_length, self.begin)
 
 
 class Heldout:

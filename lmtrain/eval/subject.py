@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from jax.sharding import Mesh
+
 from lmtrain import log, schema
 from lmtrain.data.chat import Template
 from lmtrain.data.pipeline import Table
@@ -98,6 +100,7 @@ class Subject:
       template: makes its chat template; raises where the tokenizer has no tokens for one.
       chat: it is asked through that.
       longest: positions that it sees at once.
+      mesh: where the parameters lie; None: one device.
       record: what is known of its training; None: nothing (a model from elsewhere).
       texts: the documents of each file of settings.text, by its name.
       reward: gives conversations, token ids, a reward model's scores; None: there is no such model.
@@ -111,6 +114,7 @@ class Subject:
     chat: bool
     longest: int
     settings: Settings
+    mesh: Mesh | None = None
     record: Record | None = None
     texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     reward: Callable[[Sequence[Sequence[int]]], list[float]] | None = None
@@ -118,12 +122,12 @@ class Subject:
     @functools.cached_property
     def likelihood(self) -> Likelihood:
         """Scores texts; one for all suites, so that programs are compiled once."""
-        return Likelihood(self.model, self.params, self.tokenizer.pad, self.longest)
+        return Likelihood(self.model, self.params, self.tokenizer.pad, self.longest, self.mesh)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """Generates."""
-        return Engine(self.model, slots=64, decode=self.tokenizer.decode)
+        return Engine(self.model, self.mesh, slots=64, decode=self.tokenizer.decode)
 
     def needs_record(self, suite: str) -> Record:
         """The run's record; Missing where there is none."""

@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 
+import jax
 import pytest
 
 import lmtrain
 from lmtrain import cli, config, runs
-from lmtrain.eval import suites
+from lmtrain.eval import likelihood, suites
 from lmtrain.eval.subject import Result, Settings
-from lmtrain.evaluate import evaluate
+from lmtrain.evaluate import evaluate, spread
 from lmtrain.types import LmtrainError
 from tests.eval import toys
 
@@ -58,6 +59,27 @@ def test_the_same_seed_gives_the_same_numbers(here):
     other = evaluate("run", "coherence", Settings(rows=8, row_length=192, seed=1))
     assert {k: v.json() for k, v in first.items()} == {k: v.json() for k, v in again.items()}
     assert other["coherence"].json() != first["coherence"].json()
+
+
+def test_a_model_is_spread_over_all_devices_and_scores_as_on_one(here, monkeypatch):
+    settings = Settings(rows=8, row_length=192, temperature=0.0)
+    seen = []
+    kept = likelihood.Likelihood._run
+    monkeypatch.setattr(likelihood.Likelihood, "_run", lambda s, batch: seen.append(s) or kept(s, batch))
+    many = evaluate("run", "fluency,coherence", settings)
+    assert all(s.forward.mesh.shape["fsdp"] == jax.device_count() == 8 for s in seen)
+    whole = [x for x in jax.tree.leaves(seen[0].params) if x.ndim > 2 and x.sharding.is_fully_replicated]
+    assert not whole, "every matrix is split"
+    one = evaluate(runs.load("run"), "fluency,coherence", settings)
+    assert seen[-1].forward.mesh is None
+    for suite, result in one.items():
+        for name, score in result.scores.items():
+            assert many[suite].scores[name].value == pytest.approx(score.value, abs=2e-4), name
+
+
+def test_a_model_that_the_devices_do_not_divide_is_on_each_of_them():
+    assert spread(toys.model()).shape["fsdp"] == 8
+    assert dict(spread(toys.model(width=36, heads=2)).shape)["data"] == 8
 
 
 def test_another_suite_is_a_function_in_the_table(here, monkeypatch, capsys):
