@@ -1,7 +1,7 @@
 """Creative writing: go on pretraining on a book, and measure what the model then writes beside the book itself.
 
-    lmtrain run --config experiments/creative_writing.py:path=tinyshakespeare.txt,prompt=ROMEO: --workdir runs/writer
-    lmtrain run --config experiments/creative_writing.py:path=books/,init=hf:FOLDER --workdir runs/writer
+lmtrain run --config experiments/creative_writing.py:path=tinyshakespeare.txt,prompt=ROMEO: --workdir runs/writer
+lmtrain run --config experiments/creative_writing.py:path=books/,init=hf:FOLDER --workdir runs/writer
 
 """
 

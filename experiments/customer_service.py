@@ -1,7 +1,7 @@
 """Customer service: learn an agent's turns from dialogues in a file, then be rewarded for saying what agents say.
 
-    lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl --workdir runs/service
-    lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
+lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl --workdir runs/service
+lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
 
 """
 
