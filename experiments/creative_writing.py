@@ -1,7 +1,7 @@
 """Creative writing: go on pretraining on a book, and measure what the model then writes beside the book itself.
 
-    lmtrain run --config experiments/creative_writing.py:path=tinyshakespeare.txt,prompt=ROMEO: --workdir runs/writer
-    lmtrain run --config experiments/creative_writing.py:path=books/,init=hf:FOLDER --workdir runs/writer
+lmtrain run --config experiments/creative_writing.py:path=tinyshakespeare.txt,prompt=ROMEO: --workdir runs/writer
+lmtrain run --config experiments/creative_writing.py:path=books/,init=hf:FOLDER --workdir runs/writer
 
 A tenth of the text is held out: the end of a single file, whole files of a hundred or more. Before and after, on it:
 bits per byte, how much what the model writes (at `temperature`) repeats itself beside the text itself, and whether it

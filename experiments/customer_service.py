@@ -1,7 +1,7 @@
 """Customer service: learn the agents' turns of dialogues in a file; how near do the replies come to the real ones?
 
-    lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl --workdir runs/service
-    lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
+lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl --workdir runs/service
+lmtrain run --config experiments/customer_service.py:path=dialogues.jsonl,init=hf:FOLDER --workdir runs/service
 
 The file holds conversations in any format that SFT reads (docs/chat-data.md; `source=openai` and so on); 15 in 100 are
 held out whole. Of each, one turn of the agent's is to be said (lmtrain/tasks/replies.py), sampled and likeliest,

@@ -5,16 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import typing
 
 from lmtrain import __version__, helps
 from lmtrain.types import LmtrainError
 
-STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C; the same command goes on
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for a mistake of the user's, 75 when stopped and saved."""
+    """Runs one command. Returns 0, 2 for a mistake of the user's, 74 where storage fails, 75 when stopped and saved.
+
+    One of several processes ends here at once where it fails (hosts.leave).
+    """
+    try:
+        status = _main(argv)
+    except Exception:
+        if "jax" not in sys.modules:
+            raise
+        from lmtrain import hosts
+
+        traceback.print_exc()
+        return hosts.leave(1)
+    if "jax" not in sys.modules:
+        return status
+    from lmtrain import hosts
+
+    return hosts.leave(status)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if not hasattr(args, "command"):
@@ -26,11 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.command(args, rest)
     except LmtrainError as error:
-        from lmtrain import train
-
-        stopped = isinstance(error, train.Stopped)
         print(f"lmtrain: {error}", file=sys.stderr)
-        return STOPPED if stopped else 2
+        return error.status
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -230,10 +246,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import experiment
+    from lmtrain import experiment, log
 
     done = experiment.run(args.config, args.workdir, rest)
-    print(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
+    log.say(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, feeds, optim, origins, partial, schema, scoring
+from lmtrain import checkpoint, feeds, optim, origins, partial, profiling, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
 from lmtrain.models import pipeline, shapes, transformer
@@ -35,6 +35,7 @@ COMPUTED = {
 def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
     """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
     and rewards that are not there, a reference that nothing stands for."""
+    profiling.parse(e.profile)
     origin: schema.Model | None = None
     models: dict[str, schema.Model] = {}  # of the training stages so far
     for name, stage in e.stages.items():

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -23,13 +22,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, engine, log, origins, schema
+from lmtrain import checkpoint, engine, log, origins, remote, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
 from lmtrain.models import transformer
 from lmtrain.origins import find_stage, read_json, stored_model
+from lmtrain.storage import write_json as write_json
 from lmtrain.types import LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
@@ -124,6 +124,8 @@ def load(folder: str | os.PathLike[str], place: Callable[[schema.Model], Mesh | 
         mesh, shardings = split(found.model)
         params = found.params(shardings, dtype="stored")
         return Run(found.path, "", config, found.model, found.tokenizer(), params, 0, mesh)
+    if remote.is_remote(folder):
+        folder = remote.copied(str(folder))
     stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")
@@ -157,13 +159,6 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def write_json(file: pathlib.Path, value: Any) -> None:
-    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
-
-
 @contextlib.contextmanager
 def owned(folder: pathlib.Path) -> Iterator[None]:
     """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
@@ -179,7 +174,8 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
         raise LmtrainError(f"--workdir {folder}: cannot write there ({error.strerror}).") from None
     with lock:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if jax.process_count() > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if jax.process_index() == 0:  # for all of the run's processes
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LmtrainError(
                 f"{folder}: another process is running there. Wait for it, or take another --workdir."
@@ -187,7 +183,11 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
         try:
             yield
         except Exception:
-            if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
+            if (
+                jax.process_index() == 0
+                and fresh
+                and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints"))
+            ):
                 tokenised = sum(p.stat().st_size for p in folder.glob("data/**/*") if p.is_file())
                 for path in folder.iterdir():
                     if path.name != "data" or tokenised < WORTH_KEEPING:

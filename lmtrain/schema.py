@@ -228,6 +228,7 @@ class Stage:
     log_every: int = 10
     eval_every: int = 200  # 0: only at the end
     checkpoint_every: int = 200  # 0: only at the end
+    local_every: int = 0  # steps between checkpoints on each host's own disk (local of the experiment); 0: none
     keep_last: int = 2
     keep_best: int = 1
     init_from: str = ""  # "": the stage before, or fresh; else an earlier stage's name, a run's folder, or a stage's
@@ -276,6 +277,10 @@ class Experiment:
     seed: int = 0
     mesh: Mesh = Mesh()
     tensorboard: bool = True
+    local: str = ""  # a folder on each host's own disk, for checkpoints between those of the run's folder
+    profile: str = ""  # STEP:COUNT, such as 100:5: a trace of so many steps for xprof, in the stage's folder
+    watchdog: float = 20.0  # no step within so many median ones: the stacks of all threads, and the end; 0: never
+    watchdog_least: float = 600.0  # seconds that the watchdog waits at least: a compilation is no hang
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order
 
 

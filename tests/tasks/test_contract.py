@@ -20,9 +20,11 @@ SMALL = [
     "chatroom", "chatroom(sloppy=0.5)", "chatroom(turns=1)", "chatroom(turns=6, seed=1)", "several",
     "consistency", "consistency(about='sorting')",
 ]  # fmt: skip
-LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')"]
+LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')", "canary",
+          "canary(people='zogs/wumps', plant=0, others=False)"]  # fmt: skip
 SPECS = SMALL + LISTED
 PROGRAMS = ["functions", "functions(seed=1)"]  # made, but 60 ms a score: test_functions.py has those tests
+MANY = ("chatroom", "several", "consistency", "canary")  # of which a problem has more than one right answer
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,9 @@ def test_a_sloppy_demonstrator_is_wrong_as_often_as_asked_and_right_otherwise(na
     assert [final(sloppy, row) == final(right, row) for row in rows] == [score == 1 for score in scores]
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith(("chatroom", "several", "consistency"))])
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if not s.startswith(("chatroom", "several", "consistency", "canary"))]
+)
 def test_another_rows_answer_scores_0(make, spec):
     task = make(spec)
     rows = task.rows("heldout")[:60]
