@@ -134,6 +134,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--text", action="append", default=[], metavar="FILE", help="held-out text of your own for fluency, coherence, "
         "contamination; given again, texts are compared (default: what the run holds out)",
     )  # fmt: skip
+    score.add_argument(
+        "--heldout", default="", metavar="STAGE", help="a stage of the same run whose held-out rows and text fluency "
+        "and coherence read, so that stages are compared on the same (default: the run's own)",
+    )  # fmt: skip
     score.add_argument("--rows", type=int, default=256, help="of each task, text and test; 0: all (default 256)")
     score.add_argument("--seed", type=int, default=0, help="another seed draws other rows, orders and resamples")
     score.add_argument(
@@ -291,9 +295,10 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
     from lmtrain.tasks import spec
 
     settings = Settings(
-        tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text), rows=args.rows,
-        seed=args.seed, format=args.format, row_length=args.row_length, temperature=args.temperature, ngram=args.ngram,
-        include_path=args.include_path, shots=args.shots, bias=tuple(args.bias), reward=args.reward,
+        tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text),
+        heldout=args.heldout, rows=args.rows, seed=args.seed, format=args.format, row_length=args.row_length,
+        temperature=args.temperature, ngram=args.ngram, include_path=args.include_path, shots=args.shots,
+        bias=tuple(args.bias), reward=args.reward,
     )  # fmt: skip
     evaluate.evaluate(args.dir, args.suite, settings, args.json)
 

@@ -99,13 +99,15 @@ def subject(run: runs.Run, settings: Settings, texts: dict[str, list[str]] | Non
             " there is nothing here to evaluate. Give the stage before it."
         )
     kept = record.open_record(run)
+    held = record.of_stage(run, settings.heldout) if settings.heldout else None
     chats = kept is not None and kept.stages[-1].kind in CHATTED
     length = settings.row_length or stored.get("data", {}).get("row_length", 0) or UNKNOWN_LENGTH
     return Subject(
         name=name, model=run.model, tokenizer=run.tokenizer, params=jax.tree.map(jnp.asarray, run.params),
         mesh=run.mesh,
         template=lambda: run.template, chat=settings.format == "chat" or (settings.format == "auto" and chats),
-        longest=length, settings=settings, record=kept, texts=texts or {}, reward=reward_model(run, settings.reward),
+        longest=length, settings=settings, record=kept, held=held, texts=texts or {},
+        reward=reward_model(run, settings.reward),
     )  # fmt: skip
 
 

@@ -277,6 +277,7 @@ class Meter:
         self._ends: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
         self._own: collections.deque[float] = collections.deque(maxlen=window)
         self._paused = 0.0
+        self._waited: collections.defaultdict[str, float] = collections.defaultdict(float)
         self.pausing = False
         self.steps = 0
         self.seconds = 0.0
@@ -318,6 +319,19 @@ class Meter:
         finally:
             self._paused += time.monotonic() - begin
             self.pausing = False
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Time inside is what the loop waits for data, or for a checkpoint."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited[f"{what}_wait_seconds"] += time.monotonic() - begin
+
+    def waits(self) -> dict[str, float | None]:
+        """Seconds of the median step, and those waited so far."""
+        return {"step_seconds": self.median(), **self._waited}
 
     def rates(self) -> tuple[float | None, float | None]:
         """(tokens/s, MFU), each None while it is not known. MFU: model FLOP/s over the peak of all devices."""

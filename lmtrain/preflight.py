@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, feeds, optim, origins, partial, schema, scoring
+from lmtrain import checkpoint, feeds, optim, origins, partial, profiling, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
 from lmtrain.models import pipeline, shapes, transformer
@@ -41,6 +41,7 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
             f"local is {e.local!r} and local_every {every}: the folder on each host's own disk and the steps between "
             "two checkpoints there go together."
         )
+    profiling.parse(e.profile)
     origin: schema.Model | None = None
     models: dict[str, schema.Model] = {}  # of the training stages so far
     for name, stage in e.stages.items():

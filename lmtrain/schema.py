@@ -255,7 +255,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A stage that scores the result of every training stage before it on the same held-out rows of tasks."""
+    """A stage that scores the result of every training stage before it on the same held-out rows of tasks; before
+    them, as `start`, what the first of them starts from, where that is another run or an imported model."""
 
     tasks: tuple[str, ...] = ()
     rows: int = 256  # of each task
@@ -263,8 +264,9 @@ class Evaluation:
     temperature: float = 1.0
     max_tokens: int = 0  # of one reply; 0: the task's own limit
     suites: tuple[str, ...] = ()  # of `lmtrain eval`, run on every stage, their scores side by side
+    heldout: str = ""  # the stage whose held-out rows and text all are measured on; "": each on its own
     bias: tuple[str, ...] = ()  # what the suite bias measures with ("canary=blims/daxes"); (): "swaps"
-    stages: tuple[str, ...] = ()  # which stages; (): all that train
+    stages: tuple[str, ...] = ()  # which stages; (): all that train, and the start
     slots: int = 128
 
 
@@ -276,6 +278,7 @@ class Experiment:
     mesh: Mesh = Mesh()
     tensorboard: bool = True
     local: str = ""  # a folder on each host's own disk, for checkpoints between those of the run's folder
+    profile: str = ""  # STEP:COUNT, such as 100:5: a trace of so many steps for xprof, in the stage's folder
     watchdog: float = 20.0  # no step within so many median ones: the stacks of all threads, and the end; 0: never
     watchdog_least: float = 600.0  # seconds that the watchdog waits at least: a compilation is no hang
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order

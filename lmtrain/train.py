@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, goodput, hosts, log, nearby, optim, partial, schema, step
+from lmtrain import checkpoint, compilation, goodput, hosts, log, nearby, optim, partial, profiling, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
@@ -150,7 +150,7 @@ def train(
     def row(now: int, tokens: int, metrics: dict[str, Any]) -> dict[str, Any]:
         speed, mfu = meter.rates()
         share = wall.share(counted + meter.seconds)
-        rates = {"tokens_per_second": speed, "mfu": mfu, "goodput": share}
+        rates = {"tokens_per_second": speed, "mfu": mfu, "goodput": share, **meter.waits(), **compilation.spent()}
         return {"step": now, "tokens": tokens, **metrics, **rates, **crew.slow_host()}
 
     def evaluation(now: int, state: TrainState) -> dict[str, float]:
@@ -174,12 +174,16 @@ def train(
 
     # ---------------------------------------------------------------- steps
     pending: collections.deque[tuple[int, int, Any, dict[str, float]]] = collections.deque()  # still on the device
-    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop, crew.watching(meter):
+    metrics: Any = {}
+    trace = profiling.Trace(crew.profile, folder / "profile")
+    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop, crew.watching(meter), trace:
         progress.show(at, scores)
         meter.restart()
         met = seen  # tokens that the meter knows of
         while at < cfg.steps:
-            batch = on_devices(source.next(whole(state)) if upcoming is None else upcoming)
+            trace.step(at, metrics)
+            with meter.waiting("data"):
+                batch = on_devices(source.next(whole(state)) if upcoming is None else upcoming)
             upcoming, told = None, report()
             meter.ready()
             state, metrics = update(state, batch)  # dispatched, not awaited
@@ -240,7 +244,7 @@ def train(
                 loop = {"losses": list(losses), "rollbacks": rollbacks, "tokens": seen}
                 loop["seconds"] = counted + meter.seconds
                 meta = {"source": source.state(), "loop": loop, **parts.meta}
-                with meter.paused():
+                with meter.paused(), meter.waiting("checkpoint"):
                     if saving:
                         checkpoints.save(at, state, meta, scores, last)
                     else:

@@ -29,6 +29,7 @@ Array = jax.Array | np.ndarray
 #:   segments_BT  int32    1, 2, ... for the documents of a row, 0 for padding (absent: a row is one document)
 #:   positions_BT int32    position within the document (absent: 0, 1, 2, ...)
 #:   groups_BT    int32    with data.groups: the cell (group and outcome) of the document, 0 for none
+#:   balance_BT   float32  with data.groups: what a token would weigh were all cells as frequent (group 0: 1)
 #: Objectives add their own. Arrays stay NumPy on the host until `mesh.put`.
 Batch = dict[str, Any]
 

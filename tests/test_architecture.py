@@ -17,6 +17,7 @@ ROOMS = {
     "storage": {"types"},
     "log": {"types", "schema", "mesh", "storage"},
     "compilation": set(),
+    "profiling": {"schema", "log"},
     "data": BASE,
     "models": BASE,
     "optim": BASE,
@@ -37,8 +38,10 @@ ROOMS = {
     "hosts": BASE,
     "train": BASE
     | {
+        "compilation",
         "goodput",
         "hosts",
+        "profiling",
         "nearby",
         "data",
         "models",

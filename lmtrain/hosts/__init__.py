@@ -43,6 +43,7 @@ class Crew:
     watchdog: float = 0.0  # this and what follows: schema.Experiment's
     watchdog_least: float = 600.0
     local: str = ""
+    profile: str = ""
     _asked: int = 0
 
     def preempted(self) -> bool:
@@ -82,7 +83,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
     if place.processes == 1:
         if not jax.distributed.is_initialized():  # else whoever did so has said where we are
             print(place.says, flush=True)
-        yield Crew(place, None, e.watchdog, e.watchdog_least, e.local)
+        yield Crew(place, None, e.watchdog, e.watchdog_least, e.local, e.profile)
         return
     roll = Roll(place, socket.gethostname())
     try:
@@ -95,7 +96,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
                 cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=30,
             )  # fmt: skip
         log.say(place.says)
-        yield Crew(place, roll, e.watchdog, e.watchdog_least, e.local)
+        yield Crew(place, roll, e.watchdog, e.watchdog_least, e.local, e.profile)
     except Stopped:
         roll.close()
         raise

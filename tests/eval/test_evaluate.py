@@ -1,6 +1,7 @@
 """`lmtrain eval`: the table, eval.json, the report; what it refuses, each in one message."""
 
 import json
+import random
 import re
 import shutil
 
@@ -59,6 +60,32 @@ def test_the_same_seed_gives_the_same_numbers(here):
     other = evaluate("run", "coherence", Settings(rows=8, row_length=192, seed=1))
     assert {k: v.json() for k, v in first.items()} == {k: v.json() for k, v in again.items()}
     assert other["coherence"].json() != first["coherence"].json()
+
+
+def test_a_stage_is_measured_on_what_another_one_holds_out(here):
+    """Of a stage named by --heldout, its rows and text alone, whichever stage is scored."""
+    texts = [{"text": " ".join(toys.sentences(random.Random(i), 12)).replace("the", "a")} for i in range(120)]
+    (here / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    c = config.experiment(tensorboard=False)
+    c.stages.tokenizer, _ = config.of("run")
+    c.stages.later = config.stage(
+        init_from="run", steps=1, batch_size=8, samples=0, data=config.data("jsonl", path="more.jsonl", row_length=64)
+    )
+    lmtrain.run(c, here / "next")
+    shutil.copytree(here / "run/pretrain", here / "next/pretrain")
+    shutil.copytree(here / "run/data", here / "next/data", dirs_exist_ok=True)
+    before, own = (
+        evaluate("next/pretrain", "fluency", Settings(rows=4, heldout=stage, row_length=64))["fluency"]
+        for stage in ("later", "")
+    )
+    after = evaluate("next/later", "fluency", Settings(rows=4, heldout="later", row_length=64))["fluency"]
+    rows = "held-out rows of later: bits per byte"
+    assert list(before.scores) == list(after.scores) and rows in before.scores and rows not in own.scores
+    assert "held-out rows of pretrain: bits per byte" in own.scores
+    assert "held-out rows of pretrain: bits per byte" not in after.scores
+    words = "held-out text, the text itself: words"
+    assert before.scores[words] == after.scores[words] != own.scores[words]
+    assert before.scores[rows].value != after.scores[rows].value
 
 
 def test_a_model_is_spread_over_all_devices_and_scores_as_on_one(here, monkeypatch):
@@ -122,6 +149,7 @@ WRONG = [
     (["run", "--suite", "accuracy", "--tasks", "questions(path='empty.jsonl')"], ["empty.jsonl", "no row"]),
     (["run", "--suite", "fluency", "--text", "no.txt"], ["--text", "no.txt"]),
     (["run", "--suite", "fluency", "--text", "empty.txt"], ["--text empty.txt", "empty"]),
+    (["run", "--suite", "fluency", "--heldout", "pretrane"], ["'pretrane'", "run", "Did you mean pretrain?"]),
     (["run", "--rows", "-1"], ["--rows is -1"]),
     (["run", "--ngram", "0"], ["--ngram is 0"]),
     (["run", "--rows", "many"], ["--rows", "many"]),
