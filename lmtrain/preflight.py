@@ -35,6 +35,12 @@ COMPUTED = {
 def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
     """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
     and rewards that are not there, a reference that nothing stands for."""
+    every = {name: stage.local_every for name, stage in e.stages.items() if isinstance(stage, schema.Stage)}
+    if bool(e.local) != any(every.values()):
+        raise schema.ConfigError(
+            f"local is {e.local!r} and local_every {every}: the folder on each host's own disk and the steps between "
+            "two checkpoints there go together."
+        )
     profiling.parse(e.profile)
     origin: schema.Model | None = None
     models: dict[str, schema.Model] = {}  # of the training stages so far

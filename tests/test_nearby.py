@@ -107,3 +107,11 @@ def test_a_run_that_lost_more_than_its_own_disk_goes_on_from_there_to_the_bit(te
     assert "the hosts' own disks have step 20" in said and "going on from step 20" in said
     assert sha(tmp_path / "run") == sha(tmp_path / "whole")
     assert same_metrics(lmtrain.load(tmp_path / "run").metrics, whole.metrics)
+
+
+def test_a_folder_without_an_interval_or_the_other_way_round_is_refused(text, tmp_path):
+    e = experiment(text)
+    e.local = str(tmp_path / "near")
+    for wrong in (e, experiment(text, local_every=5)):
+        with pytest.raises(schema.ConfigError, match="local_every .* go together"):
+            lmtrain.run(wrong, tmp_path / "run")
