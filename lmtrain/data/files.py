@@ -17,19 +17,24 @@ _DAMAGED = (OSError, EOFError, zlib.error)
 
 
 def find(pattern: str, field: str = "data") -> list[Path]:
+    """Files that the path of a `field` of the settings stands for (see `matching`)."""
+    return matching(pattern, f"{field}.path")
+
+
+def matching(pattern: str, what: str) -> list[Path]:
     """Files that a path stands for: itself, all in a folder (recursively, hidden ones left out), or a glob's; sorted.
 
     Raises:
-      LmtrainError: none, with the nearest name that there is; or the system takes no such name.
+      LmtrainError: none, with the nearest name that there is; or the system takes no such name. Begins with `what`.
     """
     try:
-        return _find(pattern, field)
+        return _matching(pattern, what)
     except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, ~nobody, a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise LmtrainError(f"{field}.path: cannot look for {short(pattern)!r}: {reason}") from None
+        raise LmtrainError(f"{what}: cannot look for {short(pattern)!r}: {reason}") from None
 
 
-def _find(pattern: str, field: str) -> list[Path]:
+def _matching(pattern: str, what: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -41,12 +46,12 @@ def _find(pattern: str, field: str) -> list[Path]:
     if found:
         return sorted(found)
     if path.is_dir():
-        raise LmtrainError(f"{field}.path: no file in folder {path}")
+        raise LmtrainError(f"{what}: no file in folder {path}")
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
     hint = nearest(str(path), [str(p) for p in parent.iterdir()])
-    raise LmtrainError(f"{field}.path: no such file, folder or glob: {short(pattern)}.{hint}")
+    raise LmtrainError(f"{what}: no such file, folder or glob: {short(pattern)}.{hint}")
 
 
 def opened(path: Path) -> Any:
