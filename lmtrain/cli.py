@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import typing
 
 from lmtrain import __version__, helps
+from lmtrain.prepare import arguments
 from lmtrain.types import LmtrainError
 
 STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C; the same command goes on
@@ -154,47 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
         "prepare", formatter_class=raw, allow_abbrev=False, help="filter, deduplicate and tokenise text at scale",
         description=helps.PREPARE,
     )  # fmt: skip
-    prepare.add_argument(
-        "--input", nargs="*", default=[], metavar="PATH", help="files, folders, globs; s3:// and gs://"
-    )
-    prepare.add_argument("--to", required=True, metavar="FOLDER", help="the folder to write, e.g. corpus/")
-    prepare.add_argument("--field", default="text", help="what holds the text of a row (default text)")
-    prepare.add_argument(
-        "--malformed", default="refuse", help="rows that cannot be read: refuse or skip (default refuse)"
-    )
-    prepare.add_argument("--language", default="en", help="the one that is kept, or all (default en)")
-    prepare.add_argument("--language-model", default="", metavar="FILE", help="a fastText model (default: py3langid's)")
-    prepare.add_argument(
-        "--quality", default="gopher,c4,fineweb", help="rules, with commas between, or none (default all)"
-    )
-    prepare.add_argument("--dedup", default="exact,minhash", help="exact, minhash or none (default both)")
-    prepare.add_argument("--pii", action="store_true", help="replace e-mail and public IP addresses")
-    prepare.add_argument(
-        "--decontaminate", action="append", default=[], metavar="WHAT", help="a file of evaluation rows or a task "
-        "(\"gsm8k\"), whose rows no document may hold; several with commas between, or given again",
-    )  # fmt: skip
-    prepare.add_argument("--ngram", type=int, default=13, help="words of a row that make a hit (default 13)")
-    prepare.add_argument("--synthetic", default="", metavar="RUN", help="a run that writes documents of its own to add")
-    prepare.add_argument(
-        "--prompts", default="", metavar="FILE", help="what it is asked: a line each, or JSONL's prompt"
-    )
-    prepare.add_argument("--count", type=int, default=0, help="how many it writes")
-    prepare.add_argument("--tokens", type=int, default=512, help="their longest length (default 512)")
-    prepare.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    prepare.add_argument(
-        "--tokenizer",
-        default="bpe",
-        help="bpe (learned here), bytes, a tokenizer.json, or a run's folder (default bpe)",
-    )
-    prepare.add_argument("--vocab-size", type=int, default=32768, help="of a bpe that is learned (default 32768)")
-    prepare.add_argument("--heldout-fraction", type=float, default=0.05, help="share that is held out (default 0.05)")
-    prepare.add_argument("--task-mb", type=int, default=64, help="MB of files that one task reads (default 64)")
-    prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tasks at once (default: the cores)")
-    prepare.add_argument("--executor", default="local", help="local, slurm or ray (default local)")
-    prepare.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an argument of datatrove's executor for "
-        "slurm or ray (partition=cpu time=4:00:00 mem_per_cpu_gb=8); given again for each",
-    )  # fmt: skip
+    arguments.add(prepare)
     prepare.set_defaults(command=_prepare, takes_overrides=False)
 
     look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
@@ -331,21 +291,13 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import prepare
-    from lmtrain.prepare.settings import Settings
-    from lmtrain.tasks import spec
+    from lmtrain.prepare import run
 
-    def listed(text: str) -> tuple[str, ...]:
-        return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
-
-    given = {f.name: getattr(args, f.name.replace("options", "option")) for f in dataclasses.fields(Settings)}
-    given |= {"input": tuple(args.input), "quality": listed(args.quality), "dedup": listed(args.dedup)}
-    given |= {"decontaminate": tuple(name for text in args.decontaminate for name in spec.several(text))}
-    manifest = prepare.prepare(Settings(**given | {"options": tuple(args.option)}))
+    manifest = run.prepare(arguments.settings(args))
     if manifest is None:
         print("lmtrain prepare: the jobs are queued; the same command says how far they are, and queues what failed")
-        return
-    print(f"lmtrain prepare: {manifest}; trained on with data.source=prepared data.path={args.to}")
+    else:
+        print(f"lmtrain prepare: {manifest}; trained on with data.source=prepared data.path={args.to}")
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

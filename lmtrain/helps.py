@@ -46,9 +46,9 @@ rows; docs/evaluation.md says what each means. Suites:
   lmtrain eval runs/mine --suite harness --tasks exam --include_path my_tasks/"""
 
 
-PREPARE = """Makes raw text a corpus that pretraining reads: filters it, drops what stands twice and what stands in evaluation
-sets, tokenises it, and says in FOLDER/manifest.json what was dropped and why. Killed, the same command goes on.
-docs/prepare.md says what each step does.
+PREPARE = """Makes raw text a corpus that pretraining reads: filters it, drops what stands twice and what stands in
+evaluation sets, tokenises it, and says in FOLDER/manifest.json what was dropped and why. Killed, the same command goes
+on. docs/prepare.md says what each step does.
 
   lmtrain prepare --input crawl/*.warc.gz books/ --to corpus/ --pii --decontaminate gsm8k --decontaminate exam.jsonl
   lmtrain prepare --input s3://bucket/*.jsonl.zst --to corpus/ --executor slurm --option partition=cpu \\

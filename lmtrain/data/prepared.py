@@ -1,6 +1,6 @@
 """A folder that `lmtrain prepare` wrote, as a source of pretraining: its shards are used where they lie.
 
-FOLDER/manifest.json        what was read, dropped and kept, and one record for each shard: `lmtrain prepare` ends with it
+FOLDER/manifest.json        written last: what was read, dropped and kept, and a record for each shard
 FOLDER/shards/RRRRR-KKKKK.* tokens of shard K of task R, as store.py lays them out
 FOLDER/tokenizer/           what they were tokenised with
 

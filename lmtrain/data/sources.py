@@ -231,6 +231,8 @@ def canary_source(data: Data, field: str = "data") -> Iterator[Document]:
 
 def prepared_source(data: Data, field: str = "data") -> Iterator[Document]:
     """A folder of `lmtrain prepare`: its documents, decoded. (Its tokens are used as they are where they can be.)"""
+    from lmtrain.data import prepared  # which needs split, and that sources
+
     for where, text in prepared.texts(data, field):
         yield Document(text, where)
 

@@ -54,8 +54,10 @@ def kind(path: str) -> str:
         name = name.removesuffix(packed)
     found = re.search(r"\.[a-z0-9]+$", name)
     if found is None or found[0] not in KINDS:
-        raise LmtrainError(f"--input: {path} is of no kind that is read. The name ends in {' '.join(KINDS)}, and perhaps"
-                           f" {' '.join(PACKED)} behind")  # fmt: skip
+        raise LmtrainError(
+            f"--input: {path} is of no kind that is read. The name ends in {' '.join(KINDS)}, perhaps with"
+            f" {' '.join(PACKED)} behind"
+        )
     return KINDS[found[0]]
 
 

@@ -1,6 +1,6 @@
 """What `lmtrain prepare` does, as datatrove pipelines that run one after the other.
 
-clean                read -> language -> quality -> FOLDER/work/clean
+clean                read -> language -> quality -> FOLDER/scratch/clean
 exact, exact-find    digests of all texts; those that stand twice
 minhash, minhash-buckets, minhash-clusters   signatures of what is left; pairs; clusters, of which one text stays
 tokenizer            a BPE learned from what is kept, where none is given
@@ -63,45 +63,45 @@ def plan(s: Settings, tasks: int, head: dict[str, Any]) -> list[Stage]:
       tasks: of the stages that go through all documents.
       head: what the manifest begins with.
     """
-    work = f"{s.to}/work"
+    scratch = f"{s.to}/scratch"
     filters: list[str] = []
 
     def dropped(name: str, default: str = "") -> Dropped:
         filters.append(name)
-        return Dropped(f"{work}/dropped/{name}", default or name)
+        return Dropped(f"{scratch}/dropped/{name}", default or name)
 
     tokenizer = blocks.words("" if s.language == "all" else s.language)
-    read = Read(f"{work}/units.jsonl", s.field, s.malformed == "skip", Dropped(f"{work}/dropped/read"))
+    read = Read(f"{scratch}/units.jsonl", s.field, s.malformed == "skip", Dropped(f"{scratch}/dropped/read"))
     clean: list[Any] = [read]
     if s.language != "all":
         clean.append(blocks.Language(s.language, s.language_model, dropped("language")))
     for rule in s.quality:
         clean += _QUALITY[rule](s, tokenizer, dropped)
-    clean.append(JsonlWriter(f"{work}/clean", "${rank}.jsonl.zst", compression="zstd"))
+    clean.append(JsonlWriter(f"{scratch}/clean", "${rank}.jsonl.zst", compression="zstd"))
     out = [Stage("clean", clean, tasks)]
 
-    kept: list[Any] = [JsonlReader(f"{work}/clean", glob_pattern="*.jsonl.zst")]
+    kept: list[Any] = [JsonlReader(f"{scratch}/clean", glob_pattern="*.jsonl.zst")]
     counted = list(kept)  # the same with filters that say what they drop; each document is dropped in two stages
     if "exact" in s.dedup:
         config = ExactDedupConfig(content_getter=_text, hash_config=_HASH)
-        out.append(Stage("exact", [*kept, ExactDedupSignature(f"{work}/exact", config, finder_workers=1)], tasks))
-        out.append(Stage("exact-find", [ExactFindDedups(f"{work}/exact", f"{work}/exact-found", config)], 1))
-        kept.append(ExactDedupFilter(f"{work}/exact-found", config))
-        counted.append(ExactDedupFilter(f"{work}/exact-found", config, dropped("exact", "the same text")))
+        out.append(Stage("exact", [*kept, ExactDedupSignature(f"{scratch}/exact", config, finder_workers=1)], tasks))
+        out.append(Stage("exact-find", [ExactFindDedups(f"{scratch}/exact", f"{scratch}/exact-found", config)], 1))
+        kept.append(ExactDedupFilter(f"{scratch}/exact-found", config))
+        counted.append(ExactDedupFilter(f"{scratch}/exact-found", config, dropped("exact", "the same text")))
     if "minhash" in s.dedup:
         near = MinhashConfig(hash_config=_HASH)
-        sign = MinhashDedupSignature(f"{work}/minhash", near, language=tokenizer)
-        find = MinhashDedupBuckets(f"{work}/minhash", f"{work}/minhash-pairs", config=near)
-        cluster = MinhashDedupCluster(f"{work}/minhash-pairs", f"{work}/minhash-found", config=near)
+        sign = MinhashDedupSignature(f"{scratch}/minhash", near, language=tokenizer)
+        find = MinhashDedupBuckets(f"{scratch}/minhash", f"{scratch}/minhash-pairs", config=near)
+        cluster = MinhashDedupCluster(f"{scratch}/minhash-pairs", f"{scratch}/minhash-found", config=near)
         out.append(Stage("minhash", [*kept, sign], tasks))
         out.append(Stage("minhash-buckets", [find], near.num_buckets))
         out.append(Stage("minhash-clusters", [cluster], 1))
-        kept.append(MinhashDedupFilter(f"{work}/minhash-found"))
-        counted.append(MinhashDedupFilter(f"{work}/minhash-found", dropped("minhash", "nearly the same text")))
+        kept.append(MinhashDedupFilter(f"{scratch}/minhash-found"))
+        counted.append(MinhashDedupFilter(f"{scratch}/minhash-found", dropped("minhash", "nearly the same text")))
     if s.decontaminate:
-        arguments = (f"{work}/evaluation.jsonl", s.ngram)
-        kept.append(blocks.Decontaminate(*arguments, f"{work}/unused", Dropped(f"{work}/unused")))
-        counted.append(blocks.Decontaminate(*arguments, f"{work}/contaminated", dropped("decontaminate")))
+        arguments = (f"{scratch}/evaluation.jsonl", s.ngram)
+        kept.append(blocks.Decontaminate(*arguments, f"{scratch}/unused", Dropped(f"{scratch}/unused")))
+        counted.append(blocks.Decontaminate(*arguments, f"{scratch}/contaminated", dropped("decontaminate")))
     if s.pii:
         kept.append(blocks.Anonymise())
         counted.append(blocks.Anonymise())

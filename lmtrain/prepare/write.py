@@ -109,11 +109,11 @@ def _chunk(data: Iterator[Document]) -> list[bytes]:
 
 
 class Manifest(PipelineStep):
-    """One task, the last: FOLDER/manifest.json from what all others have left. Then FOLDER/work is not needed any more.
+    """One task, the last: FOLDER/manifest.json from what all others have left. FOLDER/scratch goes.
 
     Args:
       head: what it begins with: settings and inputs.
-      filters: names of the filters, in their order; each has counted what it dropped in FOLDER/work/dropped/NAME.
+      filters: names of the filters, in their order; each has counted what it dropped in FOLDER/scratch/dropped/NAME.
     """
 
     type = "💽 - WRITER"
@@ -130,16 +130,16 @@ class Manifest(PipelineStep):
           LmtrainError: nothing was kept, or the counts do not add up.
         """
         folder = pathlib.Path(self.folder)
-        work = folder / "work"
+        scratch = folder / "scratch"
         read = {name: stat(folder, "clean", "read", name) for name in _TALLY}
         left = read["documents"]
         steps = [{"name": "read", "documents": left, "bytes": read["bytes"],
-                  "reasons": dropped.gather(work / "dropped/read")}]  # fmt: skip
+                  "reasons": dropped.gather(scratch / "dropped/read")}]  # fmt: skip
         for name in self.filters:
-            reasons = dropped.gather(work / "dropped" / name)
-            lost = {count: sum(reason[count] for reason in reasons.values()) for count in _TALLY}
-            left -= lost["documents"]
-            steps.append({"name": name, "dropped": lost["documents"], "dropped_bytes": lost["bytes"], "kept": left,
+            reasons = dropped.gather(scratch / "dropped" / name)
+            gone = {count: sum(reason[count] for reason in reasons.values()) for count in _TALLY}
+            left -= gone["documents"]
+            steps.append({"name": name, "dropped": gone["documents"], "dropped_bytes": gone["bytes"], "kept": left,
                           "reasons": reasons})  # fmt: skip
         for step in steps:
             if step["name"] == "c4":
@@ -151,10 +151,8 @@ class Manifest(PipelineStep):
                                f" {sums['documents'] + sums['heldout_documents']:,}. Delete the folder and prepare it"
                                " again")  # fmt: skip
         if not left:
-            most = max(steps[1:], key=lambda step: step["dropped"], default={"name": "read"})
-            raise LmtrainError(
-                f"{folder}: no document is left of {read['documents']:,}; {most['name']} dropped the most"
-            )
+            lost = ", ".join(f"{step['name']} {step['dropped']:,}" for step in steps[1:])
+            raise LmtrainError(f"{folder}: no document is left of {read['documents']:,}. Dropped by {lost or 'none'}")
         sums["duplicates"] = sum(step.get("dropped", 0) for step in steps if step["name"] in ("exact", "minhash"))
         tokenizer = tokenizer_lib.load(folder / "tokenizer")
         manifest = {
@@ -169,11 +167,11 @@ class Manifest(PipelineStep):
             "identity": hashlib.sha256(json.dumps([shard["sha256"] for shard in shards]).encode()).hexdigest(),
             "shards": shards,
         }
-        if (rows := work / "contaminated").is_dir():
+        if (rows := scratch / "contaminated").is_dir():
             found = {row for file in rows.glob("*.json") for row in json.loads(file.read_text())}
             manifest["decontamination"]["found"] = len(found)
         store.write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def stats(folder: pathlib.Path, stage: str, step: str, prefix: str = "") -> dict[str, int]:

@@ -15,28 +15,34 @@ import sys
 
 import numpy as np
 
-FUNCTION = """the of and to in that it was for on with as his they be at one have this from had by but some what there we
-out other were all your when up use how said an each she which their if will way about many then them would these""".split()
-CONTENT = """time year people day man thing woman life child world school state family student group country problem hand
-part place case week company system program question work government number night point home water room mother area money
-story fact month lot right study book eye job word business issue side kind head house service friend father power hour
-game line end member law car city community name president team minute idea body information back parent face others
-level office door health person art war history party result change morning reason research girl guy moment air teacher
-force education foot boy age policy music market sense nation plan college interest death experience effect class control
-field development role effort rate heart drug show leader light voice wife police mind price report decision son view
-relationship town road arm difference value building action season society tax director position player record paper
-space ground form event official matter center couple site project activity star table need court oil situation cost
-industry figure street image phone data picture practice piece land product doctor wall patient worker news test movie
-north love support technology step baby computer type attention film tree source river garden window bridge mountain
-island winter summer forest letter kitchen horse stone engine metal paint silver iron village castle soldier captain
-ocean storm cloud harvest farmer market wheel candle mirror pocket basket bottle hammer ladder needle blanket""".split()
+FUNCTION = """the of and to in that it was for on with as his they be at one have this from had by but some what
+there we out other were all your when up use how said an each she which their if will way about many
+then them would these""".split()
+CONTENT = """time year people day man thing woman life child world school state family student group country
+problem hand part place case week company system program question work government number night point
+home water room mother area money story fact month lot right study book eye job word business issue
+side kind head house service friend father power hour game line end member law car city community
+name president team minute idea body information back parent face others level office door health
+person art war history party result change morning reason research girl guy moment air teacher force
+education foot boy age policy music market sense nation plan college interest death experience
+effect class control field development role effort rate heart drug show leader light voice wife
+police mind price report decision son view relationship town road arm difference value building
+action season society tax director position player record paper space ground form event official
+matter center couple site project activity star table need court oil situation cost industry figure
+street image phone data picture practice piece land product doctor wall patient worker news test
+movie north love support technology step baby computer type attention film tree source river garden
+window bridge mountain island winter summer forest letter kitchen horse stone engine metal paint
+silver iron village castle soldier captain ocean storm cloud harvest farmer market wheel candle
+mirror pocket basket bottle hammer ladder needle blanket""".split()
 OTHERS = {
-    "de": """der die und in den von zu das mit sich des auf ist im dem nicht ein eine als auch es an werden aus er hat dass
-    sie nach wird bei einer um am sind noch wie einem so zum war haben nur oder aber vor zur bis mehr durch man dann
-    Straße Mädchen Häuser Bücher schließlich natürlich während zwischen gegenüber Arbeiter Geschichte Gesellschaft""",
-    "fr": """de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce il sont avec cette mais
-    nous ont aussi leur être fait comme ces était sans sous entre peut deux années même très après première jeune fille
-    maison travail français république toujours pendant l'histoire d'abord c'est aujourd'hui également plusieurs""",
+    "de": """der die und in den von zu das mit sich des auf ist im dem nicht ein eine als auch es an werden aus
+er hat dass sie nach wird bei einer um am sind noch wie einem so zum war haben nur oder aber vor zur
+bis mehr durch man dann Straße Mädchen Häuser Bücher schließlich natürlich während zwischen
+gegenüber Arbeiter Geschichte Gesellschaft""",
+    "fr": """de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce il sont avec
+cette mais nous ont aussi leur être fait comme ces était sans sous entre peut deux années même très
+après première jeune fille maison travail français république toujours pendant l'histoire d'abord
+c'est aujourd'hui également plusieurs""",
 }
 BASE = 700  # words of a long document
 
@@ -81,7 +87,8 @@ def build(folder, megabytes, seed=0):
             truth["good"] += 1
             signs = [f"write to {_name(rng)}@{_name(rng)}.org" for _ in range(emails)]
             signs += [f"the host was 81.{rng.integers(256)}.{rng.integers(256)}.7"] * addresses
-            write("\n".join([text, *(f"{sign.capitalize()} for more about the plan." for sign in signs)]), rng.integers(4))
+            signs = [f"{sign.capitalize()} for more about the plan." for sign in signs]
+            write("\n".join([text, *signs]), rng.integers(4))
         else:
             truth["contaminated"] += 1
             head, tail = text.split("\n", 1)
@@ -144,7 +151,7 @@ class Writer:
         self.folder, self.size, self.count = folder, 0, 0
         self.lines = {
             0: (folder / "a.jsonl").open("wb"),
-            1: gzip.open(folder / "b.jsonl.gz", "wb", compresslevel=1),
+            1: gzip.GzipFile(folder / "b.jsonl.gz", "wb", compresslevel=1, mtime=0),
             2: zstandard.ZstdCompressor().stream_writer((folder / "c.jsonl.zst").open("wb")),
         }
         self.column, self.parquet = [], None
@@ -180,13 +187,15 @@ class Writer:
         from warcio.warcwriter import WARCWriter
 
         body = "".join(f"<p>{p}</p>" for p in text.split("\n"))
-        page = f"<html><head><title>{self.count}</title></head><body><nav>Home</nav><article>{body}</article></body></html>"
+        head = f"<html><head><title>{self.count}</title></head><body><nav>Home</nav>"
+        page = f"{head}<article>{body}</article></body></html>"
         http = StatusAndHeaders("200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.0")
         writer = WARCWriter(self.pages, gzip=True)
         url = f"http://example.com/{self.count}"
-        writer.write_record(
-            writer.create_warc_record(url, "response", payload=io.BytesIO(page.encode()), http_headers=http)
-        )
+        same = {"WARC-Record-ID": f"<urn:uuid:{self.count:032x}>", "WARC-Date": "2026-01-01T00:00:00Z"}
+        payload = io.BytesIO(page.encode())
+        record = writer.create_warc_record(url, "response", payload, http_headers=http, warc_headers_dict=same)
+        writer.write_record(record)
 
     def close(self):
         """Ends all files."""
