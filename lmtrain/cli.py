@@ -295,7 +295,9 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 
     manifest = run.prepare(arguments.settings(args))
     if manifest is None:
-        print("lmtrain prepare: the jobs are queued; the same command says how far they are, and queues what failed")
+        print(
+            "lmtrain prepare: the jobs are queued; the same command says how far they are, and queues again what failed"
+        )
     else:
         print(f"lmtrain prepare: {manifest}; trained on with data.source=prepared data.path={args.to}")
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import fcntl
 import inspect
 import io
+import json
+import multiprocessing
 import os
 import pathlib
+import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from loguru import logger
 
@@ -29,21 +33,47 @@ from lmtrain.types import LmtrainError, nearest
 
 # Arguments of an executor that are settled here.
 _OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed", "depends_job_id")
-_POLL = 0.2  # seconds
 
 
 class Local(LocalPipelineExecutor):
     """datatrove's, whose tasks write to their log files alone, and end when the command is killed.
 
-    Otherwise a task of a killed run could still write while the next run does the same task.
+    Otherwise a task of a killed command could still write while the next one does the same task. datatrove's own `run`
+    leaves processes behind then, and waits for ever for a worker that the system has killed.
     """
+
+    pipeline: list[Any]
+
+    def run(self) -> None:
+        """Runs the tasks that are not completed."""
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1 or len(ranks) == 1:
+            pipeline = self.pipeline
+            for rank in ranks:
+                self.pipeline = copy.deepcopy(pipeline)
+                self._run_for_rank(rank)
+            return
+        context = multiprocessing.get_context("forkserver")  # a fork of a process with JAX's threads may hang
+        context.set_forkserver_preload(["lmtrain.prepare.stages"])  # imported once, not by each worker
+        others = set(multiprocessing.active_children())
+        with ProcessPoolExecutor(min(self.workers, max(len(ranks), 1)), context) as pool:
+            try:
+                for done in as_completed([pool.submit(self._run_for_rank, rank) for rank in ranks]):
+                    done.result()
+            except BrokenProcessPool:
+                raise LmtrainError("a worker was killed, by the system for want of memory perhaps. Fewer --workers or a"
+                                   " smaller --task-mb need less; the same command goes on") from None  # fmt: skip
+            except BaseException:
+                for child in set(multiprocessing.active_children()) - others:
+                    child.kill()
+                raise
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         folder = pathlib.Path(self.logging_dir.path).parent
         with contextlib.redirect_stderr(io.StringIO()), _held(folder / "tasks.lock", fcntl.LOCK_SH):
-            if multiprocess.parent_process() is not None:
-                threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-            return super()._run_for_rank(rank, local_rank, node_rank)
+            if (parent := multiprocessing.parent_process()) is not None:
+                threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+            super()._run_for_rank(rank, local_rank, node_rank)
 
 
 def run(s: Settings, stages: Sequence[Stage], progress: bool = True) -> bool:
@@ -57,9 +87,6 @@ def run(s: Settings, stages: Sequence[Stage], progress: bool = True) -> bool:
         return _submit(s, stages)
     if s.executor == "ray":
         _start_ray()
-    elif multiprocess.get_start_method(allow_none=True) is None:
-        multiprocess.set_start_method("forkserver")  # a fork of a process with JAX's threads may hang
-        multiprocess.set_forkserver_preload(["lmtrain.prepare.stages"])  # imported once, not by each worker
     logs = pathlib.Path(s.to, "logs")
     with _held(logs / "tasks.lock", fcntl.LOCK_EX):
         pass  # tasks of a run that was killed have ended
@@ -74,7 +101,7 @@ def run(s: Settings, stages: Sequence[Stage], progress: bool = True) -> bool:
     return True
 
 
-def _executor(s: Settings, stage: Stage, depends: Any = None) -> Any:
+def _executor(s: Settings, stage: Stage) -> Any:
     logs = str(pathlib.Path(s.to, "logs", stage.name).absolute())
     workers = min(s.workers, stage.tasks)
     if s.executor == "local":
@@ -89,12 +116,7 @@ def _executor(s: Settings, stage: Stage, depends: Any = None) -> Any:
                                f"{nearest(name, known)} ({', '.join(known)})")  # fmt: skip
         options[name] = _literal(value)
     if s.executor == "slurm":
-        options = {
-            "job_name": f"prepare-{stage.name}",
-            "qos": "",
-            "venv_path": _activate(),
-            "depends": depends,
-        } | options
+        options = {"job_name": f"prepare-{stage.name}", "qos": "", "venv_path": _activate()} | options
         for name in ("time", "partition"):
             if name not in options:
                 raise LmtrainError(f"--executor slurm takes --option {name}=...: of the cluster's own")
@@ -113,21 +135,44 @@ def _literal(value: str) -> Any:
 
 
 def _submit(s: Settings, stages: Sequence[Stage]) -> bool:
-    """Queues a job array for each stage that is not completed, each behind the one before."""
-    depends, jobs = None, []
-    for stage in stages:
-        executor = _executor(s, stage, depends)
-        left = len(executor.get_incomplete_ranks())
-        if left:
+    """Queues a job array for each stage that is not completed, each behind the one before; none while some are queued.
+
+    Returns whether all is completed.
+    """
+    note = pathlib.Path(s.to, "logs", "jobs.json")
+    jobs: dict[str, str] = json.loads(note.read_text()) if note.exists() else {}
+    executors = [_executor(s, stage) for stage in stages]
+    left = [len(executor.get_incomplete_ranks()) for executor in executors]
+    if jobs and (waiting := _queued(list(jobs.values()))):
+        rows = [
+            f"{stage.name}: {stage.tasks - n} of {stage.tasks} tasks done"
+            for stage, n in zip(stages, left, strict=True)
+        ]
+        log.say("\n  ".join([f"still queued or running: job {', '.join(waiting)}", *rows]))
+        return False
+    jobs, before = {}, None
+    for stage, executor, n in zip(stages, executors, left, strict=True):
+        if n:
+            executor.depends = before
             try:
                 executor.run()
-            except (OSError, Exception) as error:
+            except (OSError, subprocess.CalledProcessError) as error:
                 raise LmtrainError(f"--executor slurm: sbatch refuses {stage.name}: {error}") from None
-            jobs.append(f"{stage.name}: job {executor.job_id}, {left} of {stage.tasks} tasks")
-            depends = executor
-    if jobs:
-        log.say("queued, each behind the one before:\n  " + "\n  ".join(jobs))
+            jobs[stage.name] = executor.job_id
+            note.write_text(json.dumps(jobs))
+            log.say(f"{stage.name}: job {executor.job_id}, {n} of {stage.tasks} tasks")
+            before = executor
     return not jobs
+
+
+def _queued(jobs: list[str]) -> list[str]:
+    """Those of the jobs that Slurm has not ended."""
+    asked = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True)
+    except OSError as error:
+        raise LmtrainError(f"--executor slurm: squeue cannot be asked: {error}") from None
+    return sorted(set(found.stdout.split()))  # of jobs long gone it knows nothing, and says so by its status
 
 
 def _activate() -> str | None:
@@ -154,9 +199,10 @@ def _held(file: pathlib.Path, how: int) -> Iterator[None]:
         yield
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL)
+def _end_with(parent: Any) -> None:
+    parent.join()
+    for child in multiprocessing.active_children():  # that parses pages
+        child.kill()
     os._exit(1)
 
 

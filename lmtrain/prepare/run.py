@@ -53,6 +53,7 @@ def prepare(s: Settings, progress: bool = True) -> pathlib.Path | None:
         _same(folder / "inputs.jsonl", [{"path": path, "bytes": size} for path, size in found], "other files")
         if (folder / "manifest.json").exists():
             shutil.rmtree(folder / "scratch", ignore_errors=True)
+            log.say(summary(json.loads((folder / "manifest.json").read_text())))
             return folder / "manifest.json"
         scratch = folder / "scratch"
         scratch.mkdir(exist_ok=True)

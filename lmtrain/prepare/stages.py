@@ -11,7 +11,7 @@ manifest             FOLDER/manifest.json
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from datatrove.data import Document
@@ -56,6 +56,16 @@ class Stage:
     tasks: int
 
 
+class Kept(JsonlReader):
+    """What the same task of `clean` has kept: perhaps nothing, for which there is no file."""
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Contract of datatrove's blocks."""
+        file = f"{rank:05d}.jsonl.zst"
+        if self.data_folder.isfile(file):
+            yield from self.read_files_shard([file])
+
+
 def plan(s: Settings, tasks: int, head: dict[str, Any]) -> list[Stage]:
     """The stages of a preparation, in order.
 
@@ -80,7 +90,7 @@ def plan(s: Settings, tasks: int, head: dict[str, Any]) -> list[Stage]:
     clean.append(JsonlWriter(f"{scratch}/clean", "${rank}.jsonl.zst", compression="zstd"))
     out = [Stage("clean", clean, tasks)]
 
-    kept: list[Any] = [JsonlReader(f"{scratch}/clean", glob_pattern="*.jsonl.zst")]
+    kept: list[Any] = [Kept(f"{scratch}/clean")]
     counted = list(kept)  # the same with filters that say what they drop; each document is dropped in two stages
     if "exact" in s.dedup:
         config = ExactDedupConfig(content_getter=_text, hash_config=_HASH)
