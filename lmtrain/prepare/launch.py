@@ -187,7 +187,7 @@ def _start_ray() -> None:
     except ImportError as error:
         raise LmtrainError(f"--executor ray needs ray ({error}): pip install ray") from None
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR")
 
 
 @contextlib.contextmanager
