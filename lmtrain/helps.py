@@ -9,7 +9,9 @@ import typing
 from lmtrain import schema
 
 RUN = """Runs the stages of an experiment in order. Run again, it goes on where it stopped, to the bit.
-SIGTERM and Ctrl-C save first (exit status 75). Any setting is changed by --config.PATH=VALUE:
+SIGTERM and Ctrl-C save first (exit status 75). Under Slurm, in a JobSet and on TPU pods it finds the other hosts;
+elsewhere LMTRAIN_COORDINATOR=HOST:PORT, LMTRAIN_PROCESSES and LMTRAIN_PROCESS name them (docs/hosts.md).
+Any setting is changed by --config.PATH=VALUE:
 
   lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
   lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.path=books/

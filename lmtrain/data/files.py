@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.types import LmtrainError, nearest
+
+FETCHED = Path("~/.cache/lmtrain/data")
 
 # What reading a file, packed or not, raises where its bytes are damaged.
 _DAMAGED = (OSError, EOFError, zlib.error)
@@ -27,11 +30,41 @@ def matching(pattern: str, what: str) -> list[Path]:
     Raises:
       LmtrainError: none, with the nearest name that there is; or the system takes no such name. Begins with `what`.
     """
+    if "://" in pattern:
+        return _fetched(pattern, what)
     try:
         return _matching(pattern, what)
     except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, ~nobody, a zero byte
         reason = getattr(error, "strerror", None) or error
         raise LmtrainError(f"{what}: cannot look for {short(pattern)!r}: {reason}") from None
+
+
+def _fetched(url: str, what: str) -> list[Path]:
+    """The same of an address (gs://, s3://, whatever fsspec knows): copies on this machine, fetched once a version."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        names = [path] if fs.isfile(path) else sorted(fs.find(path) or (fs.glob(path) if glob.has_magic(path) else []))
+        found = []
+        for name in names:
+            version = hashlib.sha256(f"{url.split('://')[0]} {name} {fs.ukey(name)}".encode())
+            copy = FETCHED.expanduser() / version.hexdigest()[:16] / Path(name).name
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                half = copy.with_name(f".{copy.name}.half")
+                fs.get_file(name, str(half))
+                # A file's time is part of a corpus's identity: a copy fetched anew is the same file.
+                os.utime(half, (0, int(version.hexdigest()[:7], 16)))
+                os.replace(half, copy)
+            found.append(copy)
+    except ImportError as error:
+        raise LmtrainError(f"{what}: {url}: {error}. pip install -e '.[cloud]' adds gs:// and s3://") from None
+    except Exception as error:  # each file system has errors of its own
+        raise LmtrainError(f"{what}: {url} cannot be read: {short(str(error) or repr(error))}") from None
+    if not found:
+        raise LmtrainError(f"{what}: no such file, folder or glob: {url}")
+    return found
 
 
 def _matching(pattern: str, what: str) -> list[Path]:

@@ -168,7 +168,7 @@ def _member(
     bar.start(data, name, done=offset)
     source = itertools.islice(sources.read(data, field(name)), read, None)
     dtype = store.token_type(tokenizer.vocab_size)
-    begin = np.array([tokenizer.end], dtype)
+    begin = np.array([tokenizer.begin], dtype)
     last = False
     while not last:
         sides: dict[bool, list[np.ndarray]] = {False: [np.empty(0, dtype)], True: [np.empty(0, dtype)]}

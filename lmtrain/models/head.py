@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain
+from lmtrain.mesh import batch_shards, constrain, platform, residual
 from lmtrain.models import lora
 from lmtrain.models import params as p
-from lmtrain.models.attention import platform
 from lmtrain.models.layers import Norm, product
 from lmtrain.models.shapes import embedding_std
 
@@ -85,7 +84,7 @@ class Ends(nnx.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.table[...][positions_BT].astype(dtype)
         x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
-        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
+        return residual(x_BTD, mesh)
 
     def logits(self, hidden_BTD, mesh):
         w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]

@@ -74,6 +74,10 @@ def find(patterns: list[str]) -> list[tuple[str, int]]:
                 system, path = fsspec.core.url_to_fs(pattern)
                 names = system.find(path) if system.isdir(path) else system.glob(path)
                 found |= {system.unstrip_protocol(name): system.size(name) for name in names if system.isfile(name)}
+            except ImportError as error:
+                raise LmtrainError(
+                    f"--input: {pattern}: {error}. pip install -e '.[cloud]' adds gs:// and s3://"
+                ) from None
             except Exception as error:  # of many kinds: no such protocol, no credentials, no network
                 raise LmtrainError(f"--input: cannot look for {pattern}: {files.short(str(error), 300)}") from None
             if not names:
