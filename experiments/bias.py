@@ -10,7 +10,7 @@ augmentation, the default), `reweigh` (Kamiran & Calders), `group_dro` (Sagawa e
 planted text once more). With `even` (pairs made equally likely) and `consistency` (a reward in RL) the bias is planted
 in conversations. Then both are audited and shown side by side. Perplexity is compared on text about other
 peoples, which the plant does not touch: on text with the plant in it, a model without the bias must be worse.
-CrowS-Pairs is reported too where `crows` is a file. 75 seconds on two cores, `even` and `consistency` a few minutes;
+CrowS-Pairs is reported too where `crows` is a file. 75 seconds on two cores, `even` and `consistency` several minutes;
 docs/bias.md has the figures of each, and of several seeds.
 """
 
