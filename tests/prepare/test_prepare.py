@@ -290,6 +290,19 @@ def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path):
     assert [e["where"].rpartition("/")[2] for e in reasons["malformed"]["examples"]] == ["a.jsonl.gz", "b.jsonl:2"]
 
 
+def test_addresses_are_read_where_they_are(tmp_path):
+    import fsspec
+
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in GOOD)
+    with fsspec.open("memory://bucket/a.jsonl.gz", "wb") as file:
+        file.write(gzip.compress(rows.encode()))
+    s = settings(tmp_path, input=("memory://bucket/*.gz",), tokenizer="bytes", dedup=())
+    run.prepare(s, progress=False)
+    assert manifest(tmp_path)["documents"] + manifest(tmp_path)["heldout_documents"] == len(GOOD)
+    with pytest.raises(LmtrainError, match="--input: no file at memory://bucket/none"):
+        run.prepare(settings(tmp_path, input=("memory://bucket/none*",)), progress=False)
+
+
 def test_no_document_left_is_said_with_who_dropped_them(tmp_path):
     jsonl(tmp_path / "in/a.jsonl", [{"text": "Too short to be of any use to anybody."}])
     with pytest.raises(LmtrainError, match="no document is left of 1. Dropped by language 0, gopher-repetition 1, "):
