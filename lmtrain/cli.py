@@ -9,6 +9,7 @@ import traceback
 import typing
 
 from lmtrain import __version__, helps
+from lmtrain.prepare import arguments
 from lmtrain.types import LmtrainError
 
 
@@ -169,6 +170,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     score.set_defaults(command=_eval, takes_overrides=False)
 
+    prepare = commands.add_parser(
+        "prepare", formatter_class=raw, allow_abbrev=False, help="filter, deduplicate and tokenise text at scale",
+        description=helps.PREPARE,
+    )  # fmt: skip
+    arguments.add(prepare)
+    prepare.set_defaults(command=_prepare, takes_overrides=False)
+
     look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
     look.add_argument("dir", help="a run's folder, or that of one of its stages")
     look.set_defaults(command=_inspect, takes_overrides=False)
@@ -301,6 +309,18 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
         bias=tuple(args.bias), reward=args.reward,
     )  # fmt: skip
     evaluate.evaluate(args.dir, args.suite, settings, args.json)
+
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain.prepare import run
+
+    manifest = run.prepare(arguments.settings(args))
+    if manifest is None:
+        print(
+            "lmtrain prepare: the jobs are queued; the same command says how far they are, and queues again what failed"
+        )
+    else:
+        print(f"lmtrain prepare: {manifest}; trained on with data.source=prepared data.path={args.to}")
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

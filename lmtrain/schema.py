@@ -124,9 +124,7 @@ class Data:
     """Where documents (or conversations, or pairs of them) come from and how they become rows."""
 
     # For chat also "task": a task's own demonstrations (path: its name), and "openai": fine-tuning files of OpenAI's.
-    source: str = (
-        "stdlib"  # stdlib | text | jsonl | json | parquet | arrayrecord | hf | canary | "package.module:function"
-    )
+    source: str = "stdlib"  # stdlib text jsonl json parquet arrayrecord hf canary prepared "package.module:function"
     path: str = ""  # file, folder or glob (source hf: a name or a folder). stdlib: "docs", "source" or "" for both
     field: str = "text"  # of a row, where the source has rows
     document: str = "auto"  # text: file | paragraph (blank lines between) | line; auto: file

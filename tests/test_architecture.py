@@ -34,6 +34,8 @@ ROOMS = {
     "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
+    # It keeps evaluation rows out of what is trained on, and lets a trained model write some of that.
+    "prepare": BASE | {"data", "tasks", "rollout", "eval", "engine", "runs", "record", "evaluate", "compilation"},
     "goodput": {"storage"},
     "hosts": BASE,
     "train": BASE

@@ -20,21 +20,26 @@ _DAMAGED = (OSError, EOFError, zlib.error)
 
 
 def find(pattern: str, field: str = "data") -> list[Path]:
+    """Files that the path of a `field` of the settings stands for (see `matching`)."""
+    return matching(pattern, f"{field}.path")
+
+
+def matching(pattern: str, what: str) -> list[Path]:
     """Files that a path stands for: itself, all in a folder (recursively, hidden ones left out), or a glob's; sorted.
 
     Raises:
-      LmtrainError: none, with the nearest name that there is; or the system takes no such name.
+      LmtrainError: none, with the nearest name that there is; or the system takes no such name. Begins with `what`.
     """
     if "://" in pattern:
-        return _fetched(pattern, field)
+        return _fetched(pattern, what)
     try:
-        return _find(pattern, field)
+        return _matching(pattern, what)
     except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, ~nobody, a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise LmtrainError(f"{field}.path: cannot look for {short(pattern)!r}: {reason}") from None
+        raise LmtrainError(f"{what}: cannot look for {short(pattern)!r}: {reason}") from None
 
 
-def _fetched(url: str, field: str) -> list[Path]:
+def _fetched(url: str, what: str) -> list[Path]:
     """The same of an address (gs://, s3://, whatever fsspec knows): copies on this machine, fetched once a version."""
     import fsspec
 
@@ -54,15 +59,15 @@ def _fetched(url: str, field: str) -> list[Path]:
                 os.replace(half, copy)
             found.append(copy)
     except ImportError as error:
-        raise LmtrainError(f"{field}.path: {url}: {error}. pip install -e '.[cloud]' adds gs:// and s3://") from None
+        raise LmtrainError(f"{what}: {url}: {error}. pip install -e '.[cloud]' adds gs:// and s3://") from None
     except Exception as error:  # each file system has errors of its own
-        raise LmtrainError(f"{field}.path: {url} cannot be read: {short(str(error) or repr(error))}") from None
+        raise LmtrainError(f"{what}: {url} cannot be read: {short(str(error) or repr(error))}") from None
     if not found:
-        raise LmtrainError(f"{field}.path: no such file, folder or glob: {url}")
+        raise LmtrainError(f"{what}: no such file, folder or glob: {url}")
     return found
 
 
-def _find(pattern: str, field: str) -> list[Path]:
+def _matching(pattern: str, what: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -74,12 +79,12 @@ def _find(pattern: str, field: str) -> list[Path]:
     if found:
         return sorted(found)
     if path.is_dir():
-        raise LmtrainError(f"{field}.path: no file in folder {path}")
+        raise LmtrainError(f"{what}: no file in folder {path}")
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
     hint = nearest(str(path), [str(p) for p in parent.iterdir()])
-    raise LmtrainError(f"{field}.path: no such file, folder or glob: {short(pattern)}.{hint}")
+    raise LmtrainError(f"{what}: no such file, folder or glob: {short(pattern)}.{hint}")
 
 
 def opened(path: Path) -> Any:
