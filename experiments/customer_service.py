@@ -7,7 +7,7 @@ The file holds conversations in any format that SFT reads (docs/chat-data.md; `s
 held out whole. Of each, one turn of the agent's is to be said (lmtrain/tasks/replies.py), sampled and likeliest,
 and compared with the real one (`metric`, ROUGE-L by default). `rl=20` adds reinforcement by that likeness.
 
-0.92M parameters; 11 minutes of CPU time with RL, which two idle cores share. Measured with 1,200 dialogues, one seed:
+0.92M parameters, 11 minutes of CPU time with RL. Measured with 1,200 dialogues, one seed:
 held-out bits per byte 4.14 -> 1.32 (gzip -9 2.33); ROUGE-L of the likeliest reply 0 -> 15.1 % (11.8 to 18.7), sampled
 0.1 -> 8.2. 20 steps of RL gained nothing sure (14.6 and 8.7 %) and cost bits (1.35).
 """
