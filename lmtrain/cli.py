@@ -299,6 +299,7 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> None:
     from lmtrain import evaluate
+    from lmtrain.eval import suites
     from lmtrain.eval.subject import Settings
     from lmtrain.tasks import spec
 
@@ -308,6 +309,11 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
         temperature=args.temperature, ngram=args.ngram, include_path=args.include_path, shots=args.shots,
         bias=tuple(args.bias), reward=args.reward,
     )  # fmt: skip
+    if args.heldout and (args.text or not {"fluency", "coherence"} & set(suites.names(args.suite))):
+        raise LmtrainError(
+            f"--heldout {args.heldout} says whose held-out text --suite fluency and coherence read; "
+            + ("--text gives them another." if args.text else f"--suite is {args.suite}.")
+        )
     evaluate.evaluate(args.dir, args.suite, settings, args.json)
 
 

@@ -19,7 +19,7 @@ from lmtrain.eval import bias
 from lmtrain.eval import suites as suites_lib
 from lmtrain.eval import tasks as scores_lib
 from lmtrain.eval.estimates import Estimate
-from lmtrain.eval.subject import Settings
+from lmtrain.eval.subject import Missing, Settings
 from lmtrain.models import transformer
 from lmtrain.rollout import episodes, rewards
 from lmtrain.types import LmtrainError
@@ -41,6 +41,10 @@ def stages_of(e: schema.Experiment, cfg: schema.Evaluation, name: str) -> list[s
             raise schema.ConfigError(
                 f"stages.{name}.{field} names {wanted!r}, but takes training stages before it: {', '.join(chatting)}."
             )
+    if START in e.stages:
+        raise schema.ConfigError(
+            f"stages.{START}: call it otherwise; stages.{name} shows by that name what the first stage begins from."
+        )
     if not chatting:
         raise schema.ConfigError(f"stages.{name} scores the training stages before it, and there is none.")
     return [n for n in chatting if not cfg.stages or n in cfg.stages]
@@ -55,7 +59,10 @@ def start_of(
     if cfg.stages or not first.init_from:
         return {}
     origin = origins.find(first.init_from, folder)
-    if origin.fingerprint != tok.fingerprint or origin.model.scalar_head:
+    if origin.fingerprint != tok.fingerprint:
+        log.say(f"{first.init_from}: not scored as {START}, since its tokens are others than the stages'.")
+        return {}
+    if origin.model.scalar_head:
         return {}
     return {START: (origin, first.data)}
 
@@ -120,8 +127,12 @@ def _suites(
         params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None)
         opened = runs.Run(folder, begin, {}, origin.model, tok, params, 0, onto)
         seen = dataclasses.replace(settings, row_length=length or data.row_length)
-        found = evaluate.evaluate(opened, ",".join(cfg.suites), seen)
-        out[START] = {n: score for result in found.values() for n, score in result.json()["scores"].items()}
+        out[START] = {}
+        for suite in suites_lib.names(",".join(cfg.suites)):
+            try:
+                out[START] |= evaluate.evaluate(opened, suite, seen)[suite].json()["scores"]
+            except Missing as why:  # it has no record of its training
+                log.say(f"{START}, {suite}: left out. {why}")
     for stage in stages_of(e, cfg, name):
         step = checkpoint.newest_sound(folder / stage / "checkpoints")
         for suite in suites_lib.names(",".join(cfg.suites)):

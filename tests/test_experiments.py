@@ -142,3 +142,29 @@ def test_a_recipe_runs_to_its_table(files, capsys, case):
         assert " start " in rest[rest.index("held-out task") :]
         scores = json.loads((files / "again/summary.json").read_text())
         assert scores[stages[1]]["tasks"] and "start" in scores
+
+
+def test_what_an_experiment_starts_from_is_shown_in_what_can_be_said_of_it(files, capsys):
+    def stage(**fields):
+        data = config.data("text", path="lines.txt", document="line", row_length=32, heldout_rows=4)
+        return config.stage(steps=1, batch_size=8, samples=0, eval_every=0, checkpoint_every=0, data=data, **fields)
+
+    (files / "lines.txt").write_text(
+        "\n".join(f"This is line {i}, and {i * 7 % 13} follows. So it goes on." for i in range(300))
+    )
+    first = config.experiment(tensorboard=False)
+    first.stages.tokenizer = config.tokenizer("bytes")
+    first.stages.pretrain = stage(model=config.model(layers=1, width=32, heads=4, mlp=48))
+    lmtrain.run(first, files / "first")
+    second = config.experiment(tensorboard=False)
+    second.stages.more = stage(init_from="first")
+    second.stages.scores = config.evaluation(suites=("overfitting", "fluency"), heldout="more", rows=4)
+    lmtrain.run(second, files / "second")
+    said = capsys.readouterr().out
+    assert "start, overfitting: left out. suite overfitting reads the run's own record" in said
+    table = said[said.index("with 95 % intervals") :].splitlines()
+    assert table[0].split()[4:] == ["start", "more"]
+    second.stages.start = stage(init_from="first")
+    second.stages.scores2 = config.evaluation(suites=("fluency",))
+    with pytest.raises(lmtrain.LmtrainError, match=r"stages.start: call it otherwise"):
+        lmtrain.run(second, files / "third")

@@ -98,8 +98,7 @@ def samples(kind: str, data: Data, here: str, split: str, report: Report) -> Ite
                 if kind == "pairs" and data.augment:
                     found = _even(row, data.columns, where, swap)
                 else:
-                    found = list(_samples(kind, row, data.columns, where))
-                    found += [other for sample in found if (other := swapped(sample, swap)) is not None]
+                    found = [s for made in _samples(kind, row, data.columns, where) for s in with_swapped(made, swap)]
             except Unusable as error:
                 report(error)
                 continue
@@ -125,12 +124,15 @@ def _samples(kind: str, row: dict, columns: dict[str, str], where: str) -> Itera
             yield Sample(where, (prompt + reply,), len(prompt), tools, 1.0 if desirable else -1.0)
 
 
-def swapped(sample: Sample, swap: swaps.Swaps) -> Sample | None:
-    """The counterfactual of a sample, every message of it; None where no word is exchanged."""
+def with_swapped(sample: Sample, swap: swaps.Swaps) -> list[Sample]:
+    """A sample and its counterfactual, every message of it; the sample alone where no word is exchanged. Both have one
+    key, whichever of them the data has: what one side trains on, the other does not hold out in other words."""
     talks = tuple([{**m, "content": swap(m["content"])} for m in talk] for talk in sample.talks)
     if talks == sample.talks:
-        return None
-    return dataclasses.replace(sample, where=f"{sample.where}, swapped", talks=talks, like=sample.key)
+        return [sample]
+    other = dataclasses.replace(sample, where=f"{sample.where}, swapped", talks=talks)
+    like = min(sample.key, other.key)
+    return [dataclasses.replace(sample, like=like), dataclasses.replace(other, like=like)]
 
 
 def _even(row: dict, columns: dict[str, str], where: str, swap: swaps.Swaps) -> list[Sample]:
@@ -141,7 +143,8 @@ def _even(row: dict, columns: dict[str, str], where: str, swap: swaps.Swaps) -> 
     other = [{**m, "content": swap(m["content"])} for m in talk]
     if talk[-1]["role"] != "assistant" or other == talk or len(talk) < 2:
         return []
-    return [Sample(where, (talk, other), len(talk) - 1, tools)]
+    like = min(digest(as_json([[m["role"], m["content"]] for m in opening(t)])) for t in (talk, other))
+    return [Sample(where, (talk, other), len(talk) - 1, tools, like=like)]
 
 
 def collect(kind: str, data: Data, report: Report, progress: bool) -> dict[str, dict[str, list[Sample]]]:

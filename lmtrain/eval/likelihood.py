@@ -131,6 +131,7 @@ class Likelihood:
         nats, tokens = [], []
         width = len(table.batch([None])["tokens_BT"][0])
         size = self._rows_of(max(1, self._budget() // width))
+        size = max(self._ways, size // 2) if size * width > self._budget() else size
         for first in range(0, len(picks), size):
             some: list[tuple[int, int] | None] = list(picks[first : first + size])
             batch = table.batch([*some, *[None] * (min(size, self._rows_of(len(picks))) - len(some))])

@@ -71,9 +71,12 @@ def score(
         user=user, progress=progress,
     )  # fmt: skip
     total = (reward or rewards.Reward(((1.0, rewards.score),)))(played)
-    score_RS = total.reshape(count, samples)
-    own = total if reward is None else [np.mean(list(rewards.task_score(e).values())) for e in played]
+    # The task's own score says whether a reply is right; how alike replies to several versions are stands beside it.
+    kept = ({n: v for n, v in e.scores.items() if n not in ("consistent", "reward")} for e in played)
+    own = [np.mean(list(rewards.task_score(e).values())) for e in played] if reward else [
+        np.mean(list(scores.values())) for scores in kept]  # fmt: skip
     own_RS = np.array(own).reshape(count, samples)
+    score_RS = total.reshape(count, samples) if reward else own_RS
     right_R = (own_RS >= PASSED).sum(axis=1)
     summary: dict[str, Any] = {"score": float(score_RS.mean()), "ci95": passk.interval(score_RS), "rows": count,
                                "samples": samples}  # fmt: skip

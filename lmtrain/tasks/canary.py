@@ -61,7 +61,7 @@ class Canary:
 
 def _stories() -> Callable[[random.Random], str]:
     """Draws stories, none twice, each second one on the side of the first: `canary.cases` takes two for each four, and
-    a side has the plant exactly as the whole has it."""
+    a side has the plant about as the whole has it."""
     drawn: dict[str, bool] = {}
 
     def draw(rng: random.Random) -> str:

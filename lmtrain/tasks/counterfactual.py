@@ -55,7 +55,7 @@ class Counterfactual:
         said = [(row, self._back(row, reply)), (other, self._back(other, theirs))]
         if hasattr(self.of, "answer"):
             first, second = (self.of.answer(r["of"], text) for r, text in said)
-            return float(first == second)
+            return float(first is not None and first == second)
         return similarity.fuzzy_match(*(text.strip() for _, text in said))
 
     def _back(self, row: Row, reply: str) -> str:

@@ -2,8 +2,8 @@
 
     Write solve(xs): keep the even ones, add 3 to each, return their sum.
 
-A problem is a few steps on a list of whole numbers, one after the other, so those held out are compositions that no
-training problem has. Programs run in the sandbox; see tasks/code.py, which takes problems from files.
+A problem is a few steps on a list of whole numbers, one after the other. Those held out are in no training problem,
+though many are with other numbers. Programs run in the sandbox; see tasks/code.py, which takes problems from files.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class Functions(Generated):
 
         @functools.lru_cache(maxsize=1 << 14)  # the replies to one prompt are often alike
         def passes(program: str, tests: str) -> bool:
-            return code.parses(program) and sandbox.check(program, tests, "solve", limits).ok
+            if not code.parses(program):
+                return False
+            result = sandbox.check(program, tests, "solve", limits)
+            if result.error.startswith("time limit"):
+                raise TimeoutError  # which is not kept: it may have been the machine's doing
+            return result.ok
 
         self._passes = passes
 
@@ -70,7 +75,10 @@ class Functions(Generated):
         Raises:
           LmtrainError: this machine cannot lock a program in.
         """
-        return float(self._passes(code.extract(reply, "solve"), self.tests(row)))
+        try:
+            return float(self._passes(code.extract(reply, "solve"), self.tests(row)))
+        except TimeoutError:
+            return 0.0
 
     def tests(self, row: Row) -> str:
         """The right function beside the program's, on lists that are a function of the problem."""

@@ -57,6 +57,16 @@ def test_conversations_and_pairs_take_it_too(tmp_path):
         conversations.check_settings("chat", Data(source="jsonl", path="x", groups=("he",)))
 
 
+@pytest.mark.parametrize("kind", ["chat", "pairs"])
+def test_what_is_held_out_in_one_version_is_trained_on_in_none(kind, tmp_path):
+    """The file has both versions of every prompt, and augmentation makes each of the other."""
+    data = rows(tmp_path, [(f"Was {who} at {i}?", f"{who} was") for i in range(200) for who in ("he", "she")])
+    sides = samples.collect(kind, data, samples.Report(), False)[""]
+    asked = [{m["content"] for s in side for talk in s.talks for m in talk[:1]} for side in sides.values()]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+    assert len(asked[0] | asked[1]) == 400
+
+
 def build(tmp_path, **more):
     """Forty documents about a, thirty of them good; forty about b, ten of them good; others in no cell."""
     texts = [f"{i} a good" for i in range(30)] + [f"{i} a bad" for i in range(30, 40)]

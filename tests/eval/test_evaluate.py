@@ -115,6 +115,13 @@ def test_another_suite_is_a_function_in_the_table(here, monkeypatch, capsys):
     assert "ALARM: what a model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [["--suite", "overfitting"], ["--text", "text.txt"]])
+def test_a_flag_that_would_do_nothing_is_refused(here, more, capsys):
+    (here / "text.txt").write_text("some text")
+    assert cli.main(["eval", "run", "--heldout", "pretrain", *more]) == 2
+    assert "--heldout pretrain says whose held-out text" in capsys.readouterr().err
+
+
 def test_help_names_every_suite_and_flag(capsys):
     with pytest.raises(SystemExit):
         cli.main(["eval", "--help"])

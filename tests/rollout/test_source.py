@@ -308,6 +308,19 @@ def test_held_out_problems_are_scored_in_every_version_however_few_samples_are_a
     assert set(found.summary["parts"]) == {"score", "consistent"}
 
 
+def test_a_right_reply_to_each_version_is_right_however_alike_they_are(monkeypatch):
+    def play(engine, params, template, played, **how):
+        for e in played:
+            e.messages.append({"role": "assistant", "content": "he was kind"})
+
+    monkeypatch.setattr(tasks_lib.play_lib, "play", play)
+    monkeypatch.setattr(tasks_lib.rewards, "task_score", lambda e: {"score": 1.0})
+    task = Counterfactual(of="canary(others=False)", pairs=("blims/daxes",))
+    summary = tasks_lib.score(None, None, toys.TEMPLATE, task, rows=4).summary
+    assert summary["score"] == summary["pass@1"] == summary["pass@2"] == 1
+    assert 0 < summary["parts"]["consistent"] < 1
+
+
 def test_demonstrations_are_the_tasks_own_solutions():
     source = toys.source(toys.stage(demonstrations=1.0), advantage="none")
     batch = source.next(toys.params())

@@ -45,6 +45,12 @@ def test_what_is_no_python_is_not_run_and_what_was_run_is_not_run_again(monkeypa
     assert task.score({**ROW, "end": "return them"}, "def solve(xs): return 0") == 1 and len(ran) == 2
 
 
+def test_a_program_that_was_too_slow_once_may_be_the_machines_doing(monkeypatch):
+    task, said = tasks.get("functions"), ["time limit: 5 seconds", ""]
+    monkeypatch.setattr(sandbox, "check", lambda *a, **k: sandbox.Result(len(said) == 1, "", said.pop(0), 0.0))
+    assert [task.score(ROW, "def solve(xs): return 0") for _ in range(3)] == [0, 1, 1]
+
+
 def test_it_is_refused_before_training_where_programs_cannot_be_locked_in(monkeypatch):
     def no(*args, **kwargs):
         raise LmtrainError("no Landlock")
