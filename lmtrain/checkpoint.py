@@ -240,6 +240,7 @@ class Checkpoints:
         if self._nearby is not None:
             params, rest = _items(abstract)
             near = self._nearby.newest(dict(_named(params, rest)))
+            self._nearby.forget(above=max(near, step))
             if near > step:
                 arrays, whole = self._nearby.restore(near, dict(_named(params, rest)))
                 log.say(f"{self.folder}: the hosts' own disks have step {near}, which is newer.")

@@ -8,9 +8,9 @@ import sys
 import traceback
 import typing
 
-from lmtrain import __version__, helps
+from lmtrain import __version__, helps, storage
 from lmtrain.prepare import arguments
-from lmtrain.types import LmtrainError
+from lmtrain.types import LmtrainError, StorageError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def _main(argv: list[str] | None) -> int:
             return 0
         print(f"lmtrain: {error.filename or 'input or output'}: {error.strerror}. Once that is mended, the same "
               "command goes on.", file=sys.stderr)  # fmt: skip
-        return 2
+        return StorageError.status if error.errno in storage.PASSING else 2
     except KeyboardInterrupt:
         print("lmtrain: interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ import jax
 
 def use_cache() -> None:
     """Keeps compiled programs in ~/.cache/lmtrain, apart for each kind of CPU; JAX_COMPILATION_CACHE_DIR moves it."""
+    spent()  # from here on it is counted
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cpu = pathlib.Path("/proc/cpuinfo")
         flags = next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""

@@ -56,4 +56,5 @@ class Goodput:
 
     def _write(self) -> None:
         if jax.process_index() == 0:
-            storage.write_json(self._file, self._wall)
+            with storage.writing(self._file):
+                storage.write_json(self._file, self._wall)

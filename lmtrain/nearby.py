@@ -63,6 +63,13 @@ class Nearby:
         for old in manifest.steps(self.folder)[:-KEEP]:
             shutil.rmtree(self.folder / str(old))
 
+    def forget(self, above: int) -> None:
+        """Removes newer steps: the run went back before them, and what it does now is not what they hold."""
+        self.wait()
+        for step in manifest.steps(self.folder):
+            if step > above:
+                shutil.rmtree(self.folder / str(step))
+
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
         saving, self._saving = self._saving, None

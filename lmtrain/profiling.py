@@ -62,4 +62,4 @@ class Trace:
     def _end(self) -> None:
         jax.profiler.stop_trace()
         self.running = False
-        log.say(f"a trace of steps {self.first + 1} to {self.first + self.count}: xprof --logdir {self.folder}")
+        log.say(f"a trace of the steps from {self.first + 1} on, {self.count} at most: xprof --logdir {self.folder}")

@@ -8,6 +8,7 @@ from which the run goes on. For one process; several need a folder that all of t
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import pathlib
 import shutil
@@ -39,23 +40,24 @@ def mirrored(url: str) -> Iterator[pathlib.Path]:
         raise LmtrainError(
             f"--workdir {url}: several processes need a folder that all of them see; mount the bucket on every host."
         )
-    mirror = Mirror(url)
-    mirror.probe()
-    mirror.pull()
-    leave = threading.Event()
-    thread = threading.Thread(target=mirror.keep, args=(leave,), name="mirror", daemon=True)
-    thread.start()
-    try:
-        yield mirror.local
-    finally:
-        leave.set()
-        thread.join()
-        storage.again(mirror.push)
+    mirror = Mirror(url, "run")
+    with _alone(mirror.local, url):
+        mirror.probe()
+        mirror.pull()
+        leave = threading.Event()
+        thread = threading.Thread(target=mirror.keep, args=(leave,), name="mirror", daemon=True)
+        thread.start()
+        try:
+            yield mirror.local
+        finally:
+            leave.set()
+            thread.join()
+            storage.again(mirror.push)
 
 
 def copied(url: str) -> pathlib.Path:
-    """A copy on this machine of what is at an address now, to be read."""
-    mirror = Mirror(url)
+    """A copy on this machine of what is at an address now, to be read: not that of a run in progress."""
+    mirror = Mirror(url, "read")
     mirror.pull()
     return mirror.local
 
@@ -63,7 +65,7 @@ def copied(url: str) -> pathlib.Path:
 class Mirror:
     """One folder at an address, and its copy here."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, kind: str = "run") -> None:
         import fsspec
 
         try:
@@ -72,7 +74,7 @@ class Mirror:
             raise LmtrainError(f"{url}: {error}. pip install -e '.[cloud]' adds gs:// and s3://.") from None
         self.url, self.root = url, root.rstrip("/")
         name = self.root.rsplit("/", 1)[-1]
-        self.local = COPIES.expanduser() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+        self.local = COPIES.expanduser() / f"{kind}-{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
         self._there: dict[str, tuple[int, int]] = {}  # what is up, by its size and time of change here
 
     def probe(self) -> None:
@@ -86,6 +88,11 @@ class Mirror:
         with self._asking("read"):
             self.fs.invalidate_cache()
             names = [name.removeprefix(f"{self.root}/") for name in self.fs.find(self.root)]
+            here = [str(p.relative_to(self.local)) for p in self.local.rglob("*") if p.is_file()]
+            ours, theirs = _newest(_whole(here)), _newest(_whole(names))
+            if any(step > theirs.get(stage, -1) for stage, step in ours.items()):
+                print(f"{self.url}: the copy in {self.local} is newer, and goes up.", flush=True)
+                return
             shutil.rmtree(self.local, ignore_errors=True)
             self.local.mkdir(parents=True)
             for name in _whole(names):
@@ -96,13 +103,18 @@ class Mirror:
     def push(self) -> None:
         """Makes what is there the same as the copy here."""
         with self._asking("written to"):
+            if not self.local.is_dir():
+                return
             here = [str(p.relative_to(self.local)) for p in self.local.rglob("*") if p.is_file()]
             for name in sorted(_whole(here), key=lambda n: (n.endswith(manifest.MANIFEST), n)):
-                with contextlib.suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile
+                try:
                     stamp = _stamp(self.local / name)
                     if self._there.get(name) != stamp:
                         self.fs.put_file(str(self.local / name), f"{self.root}/{name}")
                         self._there[name] = stamp
+                except FileNotFoundError:
+                    if (self.local / name).exists():  # else an old checkpoint, deleted meanwhile
+                        raise
             gone = [name for name in self._there if not (self.local / name).exists()]
             for name in sorted(gone, key=lambda n: (not n.endswith(manifest.MANIFEST), n)):
                 self.fs.rm_file(f"{self.root}/{name}")
@@ -138,6 +150,29 @@ def _whole(names: list[str]) -> list[str]:
         return last != "lock" and not last.startswith(".") and not last.endswith((".tmp", ".half"))
 
     return [name for name in names if wanted(name)]
+
+
+def _newest(names: list[str]) -> dict[str, int]:
+    """{stage: the newest step of which there is a checkpoint}."""
+    found: dict[str, int] = {}
+    for name in names:
+        stage, inside, after = name.partition("/checkpoints/")
+        step = after.split("/")[0]
+        if inside and step.isdecimal():
+            found[stage] = max(found.get(stage, -1), int(step))
+    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path, url: str) -> Iterator[None]:
+    """Holds a lock beside a copy: two runs on one machine would work in the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LmtrainError(f"{url}: another process of this machine is running there.") from None
+        yield
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:

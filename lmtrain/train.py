@@ -176,7 +176,7 @@ def train(
     pending: collections.deque[tuple[int, int, Any, dict[str, float]]] = collections.deque()  # still on the device
     metrics: Any = {}
     trace = profiling.Trace(crew.profile, folder / "profile")
-    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop, crew.watching(meter), trace:
+    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals(crew), crew.watching(meter), trace:
         progress.show(at, scores)
         meter.restart()
         met = seen  # tokens that the meter knows of
@@ -190,7 +190,7 @@ def train(
             at, seen = at + 1, seen + batch["tokens_BT"].size
             pending.append((at, seen, metrics, told))
             evaluating = at == cfg.steps or due(at, cfg.eval_every)
-            stopping = stop.agreed(crew)
+            stopping = stopped_by(crew)
             last = at == cfg.steps or bool(stopping)
             saving = last or due(at, cfg.checkpoint_every) or checkpoints.again()
             near_only = not saving and due(at, cfg.local_every) and near is not None
@@ -283,26 +283,23 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
     return [{name: x[i::count] for name, x in batch.items()} for i in range(count)]
 
 
-class _Stop:
-    asked = ""  # the signal that this process got
-
-    def agreed(self, crew: hosts.Crew) -> str:
-        """The signal to stop for. Whichever of several processes got it, all of them stop at the same step."""
-        if jax.process_count() == 1:
-            return self.asked
-        return (self.asked or "SIGTERM to one of the processes") if crew.preempted() else ""
+def stopped_by(crew: hosts.Crew) -> str:
+    """The signal to stop for. Whichever of several processes got it, all of them stop at the same step."""
+    if jax.process_count() == 1:
+        return crew.signal
+    return (crew.signal or "SIGTERM to one of the processes") if crew.preempted() else ""
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[_Stop]:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two steps; a second Ctrl-C ends at once."""
-    stop, before = _Stop(), {}
+def stop_signals(crew: hosts.Crew) -> Iterator[None]:
+    """Turns SIGTERM and Ctrl-C into a word that the loop reads between two steps; a second Ctrl-C ends at once."""
+    before = {}
     several = jax.process_count() > 1
 
     def handle(number: int, frame: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
+        if crew.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.asked = signal.Signals(number).name
+        crew.signal = signal.Signals(number).name
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's runtime listens to that, and tells the other processes
 
@@ -312,7 +309,7 @@ def stop_signals() -> Iterator[_Stop]:
     except ValueError:
         pass  # not the main thread (a notebook's worker): whoever owns the signals stops the run
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -59,6 +59,18 @@ def test_another_runs_another_meshs_and_damaged_ones_are_not_used(tmp_path):
     near.close()
 
 
+def test_after_going_back_new_saves_are_kept_and_not_the_ones_before(tmp_path):
+    near, xs = nearby.Nearby(tmp_path, "a"), arrays()
+    for step in (85, 90):
+        near.save(step, xs, {})
+    near.forget(above=50)
+    for step in (55, 60, 65):
+        near.save(step, xs, {})
+    near.wait()
+    assert manifest.steps(near.folder) == [60, 65]
+    near.close()
+
+
 def test_a_disk_that_refuses_costs_a_message(tmp_path, capsys):
     (tmp_path / "0-of-1").write_text("no folder")
     near, xs = nearby.Nearby(tmp_path, "a"), arrays()

@@ -133,3 +133,44 @@ def test_data_in_a_bucket_is_fetched_once_and_again_when_it_changes(bucket):
         files.find("memory://b/none.jsonl")
     with pytest.raises(LmtrainError, match="data.path: nowhere://x"):
         files.find("nowhere://x")
+
+
+def mirror_with(step, text="x"):
+    """A copy with one whole checkpoint, pushed."""
+    mirror = remote.Mirror("memory://b/run")
+    here = mirror.local / f"pretrain/checkpoints/{step}"
+    here.mkdir(parents=True, exist_ok=True)
+    for name in ("data", "manifest.json"):
+        (here / name).write_text(text)
+    return mirror
+
+
+def test_what_is_opened_to_be_read_is_not_the_copy_of_a_run_in_progress(bucket):
+    mirror = mirror_with(5)
+    mirror.push()
+    mirror_with(10)  # whole, and not up yet
+    assert remote.copied("memory://b/run") != mirror.local
+    assert (mirror.local / "pretrain/checkpoints/10/data").exists()
+
+
+def test_a_copy_that_is_newer_than_the_bucket_stays_and_goes_up(bucket, capsys):
+    mirror_with(5).push()
+    mirror = mirror_with(10)  # the bucket was away, and the run ended
+    mirror.pull()
+    assert "is newer, and goes up" in capsys.readouterr().out
+    mirror.push()
+    assert bucket.exists("/b/run/pretrain/checkpoints/10/manifest.json")
+
+
+def test_a_copy_that_is_gone_empties_no_bucket(bucket):
+    mirror = mirror_with(5)
+    mirror.push()
+    shutil.rmtree(mirror.local)
+    mirror.push()
+    assert bucket.exists("/b/run/pretrain/checkpoints/5/manifest.json")
+
+
+def test_two_runs_on_one_machine_do_not_share_a_copy(bucket):
+    with remote.mirrored("memory://b/run"), pytest.raises(LmtrainError, match="another process .* is running there"):
+        with remote.mirrored("memory://b/run"):
+            pass

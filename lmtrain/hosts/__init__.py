@@ -44,13 +44,17 @@ class Crew:
     watchdog_least: float = 600.0
     local: str = ""
     profile: str = ""
+    signal: str = ""  # that this process got: it stands until the run has stopped, from one stage to the next
     _asked: int = 0
+    _told: bool = False
 
     def preempted(self) -> bool:
         """True at the step, the same in all processes, that comes after one of them got SIGTERM: one after the furthest
         step that any was at. Every process asks once a step."""
         self._asked += 1  # not the number of the step, which falls when a stage begins or a loss is rolled back
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        # JAX says so once. The loop may not be able to stop just then: it rolls back, or a stage ends.
+        self._told = self._told or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._told
 
     @contextlib.contextmanager
     def watching(self, meter: log.Meter) -> Iterator[None]:

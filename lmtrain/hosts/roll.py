@@ -44,7 +44,6 @@ class _Line:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.name = ""  # "process 2 (host n2, pid 71)"
-        self.heard = time.monotonic()
         self.left = False  # said goodbye
         self.closed = False
         self.beat: Row = {}
@@ -68,7 +67,6 @@ class _Line:
             if not data:
                 self.closed = True
                 return []
-            self.heard = time.monotonic()
             *whole, self._half = (self._half + data).split(b"\n")
             if whole:
                 return [json.loads(line) for line in whole]

@@ -159,7 +159,8 @@ def exchange(rows_MD: jax.Array, sent_W, coming_W, axis: str, ragged: bool) -> j
     first_W = jnp.cumsum(sent_W) - sent_W
     if ragged:
         out = jnp.zeros((W * M, *rows_MD.shape[1:]), rows_MD.dtype)
-        to_W = jnp.full(W, jax.lax.axis_index(axis) * M, jnp.int32)
+        # + 0 * sent: under the vmap over stages JAX's rule wants a batch of offsets, too.
+        to_W = jax.lax.axis_index(axis) * M + 0 * sent_W
         out = jax.lax.ragged_all_to_all(rows_MD, out, first_W, sent_W, to_W, coming_W, axis_name=axis)
         return out.reshape(W, M, *rows_MD.shape[1:])
     place_M = jnp.arange(M)
@@ -174,7 +175,7 @@ def exchange_back(rows_WMD: jax.Array, sent_W, coming_W, axis: str, ragged: bool
     first_W = jnp.cumsum(sent_W) - sent_W
     if ragged:
         to_W = jax.lax.all_to_all(first_W, axis, 0, 0, tiled=True)  # where mine begin on each device
-        from_W = jnp.arange(W, dtype=jnp.int32) * M
+        from_W = jnp.arange(W, dtype=jnp.int32) * M + 0 * sent_W
         rows, out = rows_WMD.reshape(W * M, -1), jnp.zeros_like(rows_WMD[0])
         return jax.lax.ragged_all_to_all(rows, out, from_W, coming_W, to_W, sent_W, axis_name=axis)
     rows_WMD = jax.lax.all_to_all(rows_WMD, axis, 0, 0, tiled=True)

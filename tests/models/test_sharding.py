@@ -9,7 +9,7 @@ import pytest
 
 from lmtrain import mesh as meshes
 from lmtrain import schema
-from lmtrain.models import attention, balance, transformer
+from lmtrain.models import attention, balance, moe, transformer
 
 V, B, T = 64, 8, 32
 DENSE = dict(pattern="WG", window=9, activation="swiglu", qkv_bias=True, kv_heads=4)
@@ -133,6 +133,20 @@ def test_every_device_of_the_context_axis_sees_as_much(ways):
     there = jax.jit(lambda x: balance.spread(x, mesh))(x)
     np.testing.assert_array_equal(there, x[:, order].astype(np.float32))
     np.testing.assert_array_equal(jax.jit(lambda x: balance.gathered(x, mesh))(there), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("sizes", [dict(expert=4, data=2), dict(stage=2, expert=2, data=2)], ids=str)
+def test_the_exchange_of_a_tpu_or_gpu_is_traced_with_its_gradient(sizes, monkeypatch):
+    """XLA has no ragged all-to-all on a CPU, so shapes alone are worked out, of what would be compiled."""
+    monkeypatch.setattr(moe, "platform", lambda mesh: "tpu")
+    cfg = tiny(**MOE, **(dict(microbatches=2) if "stage" in sizes else {}))
+    mesh = meshes.make(schema.Mesh(**sizes))
+
+    def loss(params, rows):
+        return transformer.Forward(cfg, mesh).losses(params, rows).nll_BT.sum()
+
+    text = jax.jit(jax.grad(loss)).trace(transformer.shapes(cfg), batch()).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("ragged_all_to_all") >= 4
 
 
 def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():
