@@ -41,6 +41,7 @@ from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.interop import huggingface
 from lmtrain.models import quantise, transformer
+from lmtrain.plan import search
 from lmtrain.types import LmtrainError, Params
 
 
@@ -70,6 +71,11 @@ def run(
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
     folder = pathlib.Path(workdir)
     compilation.use_cache()
+    if e.mesh.auto:
+        e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
+        log.say(
+            f"mesh=auto: {', '.join(f'{axis}={n}' for axis, n in mesh_lib.resolve(e.mesh, jax.device_count()).items())}"
+        )
     mesh = mesh_lib.make(e.mesh)
     preflight.check(e, mesh, folder)
     with runs.owned(folder):
