@@ -121,9 +121,13 @@ def devices(job: Job) -> list[Any]:
             raise LmtrainError(f"--compile: {t} has {t.devices} devices, {len(found)} are here. "
                                + (f"Set {set_}." if set_ else "Leave --compile out."))  # fmt: skip
         return found[: t.devices]
+    if t.chip.name == "v4":
+        raise LmtrainError("--compile: libtpu describes each chip of v4 as two devices, where a slice shows one. "
+                           "Leave --compile out; v5e, v5p and v6e compile.")  # fmt: skip
     # No TPU is asked for its surroundings, and other processes may load the library too.
     for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
-                        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}.items():  # fmt: skip
+                        "TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost",
+                        "TPU_ACCELERATOR_TYPE": "v5litepod-8"}.items():  # fmt: skip
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

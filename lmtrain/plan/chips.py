@@ -51,7 +51,7 @@ def chips() -> dict[str, Chip]:
     """All chips by name. That of a CPU is without numbers: `cpu` measures them."""
     # platform device_kind   memory, GiB   hbm      link     network  torus host
     rows: dict[str, tuple[Any, ...]] = {
-        "v4": ("tpu", "TPU v4", 30.75, 1.228e12, 4.5e10, 6.25e9, 3, 4),
+        "v4": ("tpu", "TPU v4", 30.5, 1.228e12, 4.5e10, 6.25e9, 3, 4),
         "v5e": ("tpu", "TPU v5 lite", 15.75, 0.819e12, 5.0e10, 3.125e9, 2, 8),
         "v5p": ("tpu", "TPU v5", 95.74, 2.765e12, 1.0e11, 6.25e9, 3, 4),
         "v6e": ("tpu", "TPU v6 lite", 31.25, 1.638e12, 1.0e11, 12.5e9, 2, 8),

@@ -30,8 +30,8 @@ from lmtrain.plan.job import Job, spec_axes
 
 #: Shares that TPU's compiler has at once, fitted to it (docs/plan.md): of what a layer would keep without
 #: rematerialisation, while it is worked on; of the logits in float32, their gradient included; of the output matrix in
-#: 16 bits, its gradient included.
-LAYER, LOGITS, MATRIX = 0.8, 1.25, 1.25
+#: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
+LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.25, 1.25, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,9 @@ def estimate(job: Job) -> Memory:
         "frozen": frozen_bytes(job),
         "gradients": params * (2 if accumulates else 1),
         "weights in 16 bits": layers.local * job.bytes if job.bytes < 4 else 0.0,
-        # The group of layers at work: its weights whole, and as much again for their gradients.
-        "gathered weights": 2 * layers.gathered * job.bytes / groups(job.model)[0] if job.sizes["fsdp"] > 1 else 0.0,
+        "gathered weights": GATHERED * layers.gathered * job.bytes / groups(job.model)[0]
+        if job.sizes["fsdp"] > 1
+        else 0.0,
         "activations kept": kept,
         "a layer's work": work,
         "logits": logits_bytes(job),
