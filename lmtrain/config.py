@@ -157,8 +157,7 @@ def load(file_and_arg: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 def override(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """Applies `--config.a.b=value` flags to a ConfigDict, in place, through ml_collections.config_flags."""
-    overrides = [{"--config.mesh=auto": "--config.mesh.auto=True"}.get(flag, flag)
-                 for flag in flags.join_values(list(overrides))]  # fmt: skip
+    overrides = flags.join_values(list(overrides))
     for flag in overrides:  # a new objective brings its own settings, so those come first
         path, eq, value = flag.removeprefix("--config.").partition("=")
         if eq and re.fullmatch(r"stages\.\w+\.objective", path) and path.split(".")[1] in c.get("stages", {}):

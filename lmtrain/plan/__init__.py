@@ -45,7 +45,7 @@ def plan(
         if not choices:
             raise LmtrainError(f"{file}: no mesh of {where.devices} devices divides stages.{name}: batch_size="
                                f"{blank.stage.batch_size}, accumulate={blank.stage.accumulate}.")  # fmt: skip
-    made = choices[0].job if e.mesh.auto else job.make(e, name, where)
+    made = search.ranked(blank, same_batches=True)[0].job if e.mesh.auto else job.make(e, name, where)
     result = describe(made, price, tokens)
     if searches:
         result["search"] = [search_row(c) for c in choices[:10]]

@@ -33,6 +33,9 @@ from lmtrain.plan.job import Job, spec_axes
 #: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
 LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.25, 1.25, 1.5
 
+#: A layer is traced with so many rows, by which what belongs to rows is told from parameters: few sizes are multiples.
+ROWS = 13
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -154,9 +157,9 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
     if remat != "none":
         products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
         run = jax.checkpoint(run, policy=products if remat == "dots" else policies.nothing_saveable)
-    x = jax.ShapeDtypeStruct((1, length, model.width), dtype)
-    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    x = jax.ShapeDtypeStruct((ROWS, length, model.width), dtype)
+    segments = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
+    positions = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
     tables = None
     if model.positions == "rope":
         scaling = schema.RopeScaling()
@@ -164,13 +167,9 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
     back = jax.eval_shape(
         lambda w, x, *more: jax.vjp(lambda w, x: run(w, x, *more), w, x)[1], shapes, x, tables, segments
     )
-    given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((shapes, tables, segments))}
-    weights = set()  # as they are, and with heads and their size as one dimension
-    for leaf in jax.tree.leaves(shapes):
-        a, *more = leaf.shape
-        weights |= {leaf.shape, (a, math.prod(more))} | ({(a * more[0], more[1])} if len(more) == 2 else set())
-    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back)
-                     if (leaf.shape, leaf.dtype) not in given and leaf.shape not in weights))  # fmt: skip
+    given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((tables, segments))}
+    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.shape and leaf.shape[0] % ROWS == 0]  # parameters are not
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if (leaf.shape, leaf.dtype) not in given) / ROWS
 
 
 def residuals(job: Job, remat: str, kinds: str) -> float:

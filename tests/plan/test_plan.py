@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lmtrain import cli, config, mesh, schema
-from lmtrain.models import transformer
+from lmtrain.models import presets, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.plan import ahead, chips, job, memory, plan, search, traffic
 
@@ -17,8 +17,6 @@ BASE = ["--config.stages.pretrain.batch_size=64"]
 
 
 def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", optimizer="adamw", accumulate=1, **sizes):
-    from lmtrain.models import presets
-
     model = transformer.resolve(dataclasses.replace(presets.get(name), remat=remat), 131072)
     stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
                          data=schema.Data(row_length=length), optim=schema.Optim(name=optimizer))  # fmt: skip
@@ -93,6 +91,11 @@ def test_the_plan_is_written_down(tmp_path, capsys):
     assert got["devices"] == 16 and got["memory"]["fits"] and 0 < got["mfu"] <= 1
     assert got["cost"] == pytest.approx(1.5 * got["days"] * 24 * 16)
     assert got["tokens"] == 10 * 64 * 256
+
+
+def test_a_well_known_shape_takes_the_tokenizers_vocabulary():
+    e, name = job.read("experiments/pretrain.py:mixtral-8x7b")
+    assert job.models(e)[name].vocab_size == 131072 != transformer.resolve(presets.get("mixtral-8x7b")).vocab_size
 
 
 def test_past_what_is_compiled_the_plan_says_so(capsys):
