@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from lmtrain.experiment import run as run
     from lmtrain.runs import Run as Run
     from lmtrain.runs import load as load
+    from lmtrain.types import LmtrainError as LmtrainError
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "load", "run"]
+__all__ = ["LmtrainError", "Run", "__version__", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from lmtrain import runs
 
         return getattr(runs, name)
+    if name == "LmtrainError":
+        from lmtrain.types import LmtrainError
+
+        return LmtrainError
     raise AttributeError(f"module 'lmtrain' has no attribute {name!r}")

@@ -27,6 +27,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,10 +36,14 @@ from jax.experimental import multihost_utils
 
 from lmtrain import log
 from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
-from lmtrain.types import LmtrainError, Params, TrainState
+from lmtrain.nearby import Nearby
+from lmtrain.types import LmtrainError, Params, StorageError, TrainState
 
 __all__ = ["Checkpoints", "identity", "load_params", "newest_sound", "params_sha256", "read_manifest", "read_meta",
            "steps", "verify", "write_manifest"]  # fmt: skip
+
+
+PAUSES = (2.0, 8.0, 30.0, 60.0)  # seconds before a save that failed is tried again
 
 
 class Checkpoints:
@@ -48,9 +53,20 @@ class Checkpoints:
       folder: made where it is missing.
       keep_last: how many of the newest stay (at least 1).
       keep_best: how many more stay, those with the lowest metric `best`; with the highest where it is "-NAME".
+      pauses: seconds before a save that failed is to be tried again (see `again`); as many failures in a row are said
+        and survived.
+      nearby: further checkpoints, on each host's own disk; the newest sound one of both is restored.
     """
 
-    def __init__(self, folder: Folder, keep_last: int = 2, keep_best: int = 1, best: str = "heldout_loss"):
+    def __init__(
+        self,
+        folder: Folder,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        best: str = "heldout_loss",
+        pauses: Sequence[float] = (),
+        nearby: Nearby | None = None,
+    ):
         self.folder = pathlib.Path(folder).absolute()
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best.removeprefix("-")
         self._sign = -1.0 if best.startswith("-") else 1.0
@@ -58,18 +74,72 @@ class Checkpoints:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._newest: int | None = None
+        self._nearby = nearby
+        self._pauses, self._failures, self._again = pauses, 0, math.inf
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        meta: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+        last: bool = False,
+    ) -> None:
         """Copies the state off the devices and returns; the rest happens in the background.
 
         Args:
           meta: JSON; comes back from restore_newest (the data iterator's state, the loop's, the configuration).
           metrics: of this step; `best` among them makes it a candidate for keep_best.
+          last: no other follows, so it returns when the checkpoint stands; a failure is tried again here.
 
         Raises:
-          LmtrainError: this save, or the one before, failed (disk full, no permission). What was there is kept.
+          StorageError: this save, or the one before, failed (disk full, no permission), more often than there are
+            pauses. What was there is kept.
         """
-        self.wait()
+        self._settle()
+        while True:
+            try:
+                self._begin(step, state, meta, metrics)
+                if last:
+                    self.wait()
+                return
+            except StorageError as error:
+                pause = self._put_off(error)
+            if not last:
+                return
+            time.sleep(pause)
+
+    def save_nearby(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Copies the state off the devices and returns; each host writes its part to its own disk."""
+        if self._nearby is not None:
+            params, rest = _items(state)
+            whole = {"meta": meta, "key_impl": str(jax.random.key_impl(state.key))}
+            self._nearby.save(step, dict(_named(params, rest)), whole)
+
+    def again(self) -> bool:
+        """True when it is time to save in place of a save that failed."""
+        if self._saving is not None and self._saving[1].done():
+            self._settle()
+        return time.monotonic() >= self._again
+
+    def _settle(self) -> None:
+        """Waits for the save before."""
+        try:
+            self.wait()
+        except StorageError as error:
+            self._put_off(error)
+
+    def _put_off(self, error: StorageError) -> float:
+        """Says what failed and returns how long to wait; raises it where it has failed too often."""
+        self._failures += 1
+        if self._failures > len(self._pauses):
+            raise error
+        pause = self._pauses[self._failures - 1]
+        self._again = time.monotonic() + pause
+        log.say(f"{error} Again in {pause:g} s ({self._failures} of {len(self._pauses)}).")
+        return pause
+
+    def _begin(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step == self._newest:
             return
         params, rest = _items(state)
@@ -102,7 +172,7 @@ class Checkpoints:
             future.result()
         except Exception as error:
             raise self._failed(step, error) from error
-        self._newest = step
+        self._newest, self._failures, self._again = step, 0, math.inf
 
     def close(self) -> None:
         """Waits, then lets the threads go. Raises LmtrainError where the last save failed."""
@@ -111,8 +181,10 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             self._checkpointer.close()
+            if self._nearby is not None:
+                self._nearby.close()
 
-    def _failed(self, step: int, error: Exception) -> LmtrainError:
+    def _failed(self, step: int, error: Exception) -> StorageError:
         """The one message of a failed save; what it left behind is removed."""
         free = shutil.disk_usage(self.folder.parent).free // 2**20 if self.folder.parent.exists() else 0
         for _ in range(20):
@@ -124,7 +196,7 @@ class Checkpoints:
         full = f"no space left on the disk ({free} MiB free)"
         reason = full if "No space left" in text else text.splitlines()[0]
         stays = f"that of step {kept[-1]} is kept" if kept else "there is none from before"
-        return LmtrainError(f"{self.folder / str(step)}: the checkpoint could not be saved: {reason}; {stays}.")
+        return StorageError(f"{self.folder / str(step)}: the checkpoint could not be saved: {reason}; {stays}.")
 
     def _prune(self) -> None:
         there = steps(self.folder)
@@ -165,6 +237,16 @@ class Checkpoints:
                 f"{self.folder}: every checkpoint is damaged, see {self.folder}/damaged-*. "
                 "Remove them to begin again from step 0, or start another --workdir."
             )
+        if self._nearby is not None:
+            params, rest = _items(abstract)
+            near = self._nearby.newest(dict(_named(params, rest)))
+            if near > step:
+                arrays, whole = self._nearby.restore(near, dict(_named(params, rest)))
+                log.say(f"{self.folder}: the hosts' own disks have step {near}, which is newer.")
+                ours = [arrays[f"params/{name}"] for name, _ in _flat(params)]
+                restored = jax.tree.unflatten(jax.tree.structure(params), ours)
+                state = _state(abstract, restored, {name: arrays[name] for name in rest}, whole["key_impl"])
+                return state, whole["meta"], near
         if step == -1:
             return None
         path, manifest = self.folder / str(step), read_manifest(self.folder, step)
@@ -285,8 +367,11 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 
 def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
     """{"params/blocks/q": ["float32", [4, 128, 4, 32]], ...}"""
-    named = [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
-    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in named}
+    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in _named(params, rest)}
+
+
+def _named(params: Params, rest: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
 
 
 def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:

@@ -5,16 +5,36 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import typing
 
 from lmtrain import __version__, helps
+from lmtrain.prepare import arguments
 from lmtrain.types import LmtrainError
-
-STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C; the same command goes on
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for a mistake of the user's, 75 when stopped and saved."""
+    """Runs one command. Returns 0, 2 for a mistake of the user's, 74 where storage fails, 75 when stopped and saved.
+
+    One of several processes ends here at once where it fails (hosts.leave).
+    """
+    try:
+        status = _main(argv)
+    except Exception:
+        if "jax" not in sys.modules:
+            raise
+        from lmtrain import hosts
+
+        traceback.print_exc()
+        return hosts.leave(1)
+    if "jax" not in sys.modules:
+        return status
+    from lmtrain import hosts
+
+    return hosts.leave(status)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if not hasattr(args, "command"):
@@ -26,11 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.command(args, rest)
     except LmtrainError as error:
-        from lmtrain import train
-
-        stopped = isinstance(error, train.Stopped)
         print(f"lmtrain: {error}", file=sys.stderr)
-        return STOPPED if stopped else 2
+        return error.status
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -133,6 +150,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--text", action="append", default=[], metavar="FILE", help="held-out text of your own for fluency, coherence, "
         "contamination; given again, texts are compared (default: what the run holds out)",
     )  # fmt: skip
+    score.add_argument(
+        "--heldout", default="", metavar="STAGE", help="a stage of the same run whose held-out rows and text fluency "
+        "and coherence read, so that stages are compared on the same (default: the run's own)",
+    )  # fmt: skip
     score.add_argument("--rows", type=int, default=256, help="of each task, text and test; 0: all (default 256)")
     score.add_argument("--seed", type=int, default=0, help="another seed draws other rows, orders and resamples")
     score.add_argument(
@@ -163,6 +184,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--json", default="", metavar="FILE", help="where the results go (default: eval.json in the run's folder)"
     )
     score.set_defaults(command=_eval, takes_overrides=False)
+
+    prepare = commands.add_parser(
+        "prepare", formatter_class=raw, allow_abbrev=False, help="filter, deduplicate and tokenise text at scale",
+        description=helps.PREPARE,
+    )  # fmt: skip
+    arguments.add(prepare)
+    prepare.set_defaults(command=_prepare, takes_overrides=False)
 
     look = commands.add_parser("inspect", help="stages, steps, parameters and configuration of a run")
     look.add_argument("dir", help="a run's folder, or that of one of its stages")
@@ -241,10 +269,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import experiment
+    from lmtrain import experiment, log
 
     done = experiment.run(args.config, args.workdir, rest)
-    print(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
+    log.say(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> None:
@@ -301,11 +329,24 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> None:
     from lmtrain.tasks import spec
 
     settings = Settings(
-        tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text), rows=args.rows,
-        seed=args.seed, format=args.format, row_length=args.row_length, temperature=args.temperature, ngram=args.ngram,
-        include_path=args.include_path, shots=args.shots, bias=tuple(args.bias), reward=args.reward,
+        tasks=tuple(name for text in args.tasks for name in spec.several(text)), text=tuple(args.text),
+        heldout=args.heldout, rows=args.rows, seed=args.seed, format=args.format, row_length=args.row_length,
+        temperature=args.temperature, ngram=args.ngram, include_path=args.include_path, shots=args.shots,
+        bias=tuple(args.bias), reward=args.reward,
     )  # fmt: skip
     evaluate.evaluate(args.dir, args.suite, settings, args.json)
+
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from lmtrain.prepare import run
+
+    manifest = run.prepare(arguments.settings(args))
+    if manifest is None:
+        print(
+            "lmtrain prepare: the jobs are queued; the same command says how far they are, and queues again what failed"
+        )
+    else:
+        print(f"lmtrain prepare: {manifest}; trained on with data.source=prepared data.path={args.to}")
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

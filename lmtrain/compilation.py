@@ -1,7 +1,8 @@
-"""Where compiled programs are kept, so that a second start does not compile."""
+"""Where compiled programs are kept, so that a second start does not compile; and how long compiling took."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pathlib
 
@@ -19,3 +20,21 @@ def use_cache() -> None:
         )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@functools.cache  # JAX tells each listener of every event, so there is one
+def spent() -> dict[str, float]:
+    """compile_seconds and cache_hits (programs found in the cache) of this process, counted from the first call on."""
+    counts = {"compile_seconds": 0.0, "cache_hits": 0.0}
+
+    def lasted(event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts["compile_seconds"] += duration_secs
+
+    def happened(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            counts["cache_hits"] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(lasted)
+    jax.monitoring.register_event_listener(happened)
+    return counts

@@ -219,6 +219,14 @@ def to_json(e: schema.Experiment) -> dict[str, Any]:
     return plain
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def resolve(name: str, package: str, what: str) -> Callable[..., Any]:
     """Finds a function by a name in one of the package's modules, or by a dotted path "package.module:function".
 

@@ -9,14 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from lmtrain import compilation, log, origins, record, report, runs
+from lmtrain import compilation, log, origins, record, report, runs, schema
+from lmtrain import mesh as mesh_lib
 from lmtrain.data import sources
 from lmtrain.eval import bias, suites
 from lmtrain.eval.estimates import RESAMPLES
 from lmtrain.eval.subject import FORMATS, Missing, Result, Settings, Subject
+from lmtrain.models import transformer
 from lmtrain.rollout import rewards
-from lmtrain.schema import Data
+from lmtrain.schema import ConfigError, Data, Model
 from lmtrain.types import LmtrainError, nearest
 
 UNKNOWN_LENGTH = 1024  # positions that a model from elsewhere sees at once, where nothing says how many
@@ -48,7 +52,7 @@ def evaluate(
     if "bias" in wanted:
         bias.parse(settings.bias)
     compilation.use_cache()
-    opened = run if isinstance(run, runs.Run) else runs.load(run)
+    opened = run if isinstance(run, runs.Run) else runs.load(run, spread)
     s = subject(opened, settings, texts)
     found: dict[str, Result] = {}
     skipped: dict[str, str] = {}
@@ -95,13 +99,29 @@ def subject(run: runs.Run, settings: Settings, texts: dict[str, list[str]] | Non
             " there is nothing here to evaluate. Give the stage before it."
         )
     kept = record.open_record(run)
+    held = record.of_stage(run, settings.heldout) if settings.heldout else None
     chats = kept is not None and kept.stages[-1].kind in CHATTED
     length = settings.row_length or stored.get("data", {}).get("row_length", 0) or UNKNOWN_LENGTH
     return Subject(
-        name=name, model=run.model, tokenizer=run.tokenizer, params=jax.device_put(run.params),
+        name=name, model=run.model, tokenizer=run.tokenizer, params=jax.tree.map(jnp.asarray, run.params),
+        mesh=run.mesh,
         template=lambda: run.template, chat=settings.format == "chat" or (settings.format == "auto" and chats),
-        longest=length, settings=settings, record=kept, texts=texts or {}, reward=reward_model(run, settings.reward),
+        longest=length, settings=settings, record=kept, held=held, texts=texts or {},
+        reward=reward_model(run, settings.reward),
     )  # fmt: skip
+
+
+def spread(model: Model) -> Mesh | None:
+    """The mesh that a model is evaluated on: all devices, its matrices split over them where they divide evenly (else
+    every device has all of them); None: there is one."""
+    if jax.device_count() == 1:
+        return None
+    mesh = mesh_lib.make(schema.Mesh(data=1, fsdp=-1))
+    try:
+        mesh_lib.check_shapes(transformer.shapes(model), transformer.axes(model), mesh)
+    except ConfigError:
+        return mesh_lib.make(schema.Mesh(data=-1))
+    return mesh
 
 
 def reward_model(run: runs.Run, name: str) -> Callable[[Sequence[Sequence[int]]], list[float]] | None:

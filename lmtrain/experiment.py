@@ -9,6 +9,7 @@ runs/NAME/report.html
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -26,10 +27,12 @@ from lmtrain import (
     config,
     feeds,
     flags,
+    hosts,
     log,
     origins,
     partial,
     preflight,
+    remote,
     runs,
     schema,
     scoring,
@@ -54,11 +57,11 @@ def run(
 
     Args:
       experiment: "FILE[:arg]", the ConfigDict that such a file makes, or a schema.Experiment.
-      workdir: the run's folder; made where it is missing.
+      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py).
       overrides: further settings, as on the command line: ["--config.stages.pretrain.steps=10"].
 
     Raises:
-      LmtrainError: a setting or an input that cannot be, in one message; train.Stopped after SIGTERM or Ctrl-C.
+      LmtrainError: a setting or an input that cannot be, in one message; types.Stopped after SIGTERM or Ctrl-C.
     """
     if isinstance(experiment, str | os.PathLike):
         experiment = config.load(os.fspath(experiment), overrides)
@@ -69,16 +72,19 @@ def run(
             )
         experiment = config.override(experiment, overrides)
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
-    folder = pathlib.Path(workdir)
-    compilation.use_cache()
-    if e.mesh.auto:
-        e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
-        log.say(
-            f"mesh=auto: {', '.join(f'{axis}={n}' for axis, n in mesh_lib.resolve(e.mesh, jax.device_count()).items())}"
-        )
-    mesh = mesh_lib.make(e.mesh)
-    preflight.check(e, mesh, folder)
-    with runs.owned(folder):
+    with contextlib.ExitStack() as held:
+        if remote.is_remote(workdir):
+            workdir = held.enter_context(remote.mirrored(str(workdir)))
+        folder = pathlib.Path(workdir)
+        crew = held.enter_context(hosts.joined(e, folder))
+        compilation.use_cache()
+        if e.mesh.auto:
+            e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
+            sizes = mesh_lib.resolve(e.mesh, jax.device_count()).items()
+            log.say(f"mesh=auto: {', '.join(f'{axis}={n}' for axis, n in sizes)}")
+        mesh = mesh_lib.make(e.mesh)
+        preflight.check(e, mesh, folder)
+        held.enter_context(runs.owned(folder))
         tok: tokenizer_lib.Tokenizer | None = None
         before: str = ""
         done: runs.Run | None = None
@@ -91,7 +97,7 @@ def run(
             if isinstance(stage, schema.Evaluation):
                 scoring.run(e, name, stage, tok, folder, mesh)
             else:
-                done = training_stage(e, name, stage, before, tok, folder, mesh)
+                done = training_stage(e, name, stage, before, tok, folder, mesh, crew)
                 before = name
         if jax.process_index() == 0:
             from lmtrain import report  # which reads runs, so it imports this
@@ -162,7 +168,7 @@ def tokenizer_texts(cfg: schema.Tokenizer, first: schema.Stage) -> tuple[Iterabl
 
 def training_stage(
     e: schema.Experiment, name: str, cfg: schema.Stage, before: str, tok: tokenizer_lib.Tokenizer,
-    folder: pathlib.Path, mesh: Mesh,
+    folder: pathlib.Path, mesh: Mesh, crew: hosts.Crew,
 ) -> runs.Run:  # fmt: skip
     """Runs, resumes or skips one training stage."""
     here, cfg = folder / name, feeds.settled(cfg)
@@ -228,9 +234,9 @@ def training_stage(
         score=feed.score,
         meta={"config": settings, "tokenizer": (folder / "tokenizer/tokenizer.json").read_text()},
     )
-    state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard)
+    state = train.train(parts, here, mesh, e.seed, tensorboard=e.tensorboard, crew=crew)
     params = partial.join(rest, state.params) if rest else state.params
-    done = runs.Run(folder, name, settings, model, tok, params, cfg.steps)
+    done = runs.Run(folder, name, settings, model, tok, params, cfg.steps, mesh if mesh.size > 1 else None)
     if jax.process_index() == 0:
         summarise(done, feed)
     return done
@@ -373,7 +379,7 @@ def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
             f"{here.parent}/tokenizer is {settings['tokenizer_sha256'][:12]}. Put the first one back, or start another "
             "--workdir."
         )
-    old, new = flatten(stored), flatten(settings)
+    old, new = config.flatten(stored), config.flatten(settings)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith("model."):
             log.say(f"{here}: {key} was {old.get(key)}, is now {new.get(key)}")
@@ -387,11 +393,3 @@ def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, fi
                 f"{where}: the checkpoint has {key}={stored.get(key)}, the configuration {asked.get(key)}. "
                 f"Start another --workdir, or --config.{field}.{key}={stored.get(key)}."
             )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

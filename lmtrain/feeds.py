@@ -128,10 +128,10 @@ def documents(s: Stage) -> Feed:
     source, heldout = pipeline.build(
         cfg.data, s.tokenizer, cfg.batch_size, s.seed, s.folder / "data", share=mesh_lib.share(s.mesh)
     )
-    end = s.tokenizer.end
+    begin, end = s.tokenizer.begin, s.tokenizer.end
 
     def sample(params: Params) -> list[str]:
-        prompts = [[end, *s.tokenizer.encode(cfg.prompts[i % len(cfg.prompts)])] for i in range(cfg.samples)]
+        prompts = [[begin, *s.tokenizer.encode(cfg.prompts[i % len(cfg.prompts)])] for i in range(cfg.samples)]
         how = engine.Sampling(cfg.sample_tokens, cfg.sample_temperature, stop=(end,), seed=s.seed)
         done = engine.generate(s.forward.cfg, params, prompts, how, s.mesh)
         return [s.tokenizer.decode([*p[1:], *c.reply]) for p, c in zip(prompts, done, strict=True)]

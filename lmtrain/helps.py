@@ -9,7 +9,9 @@ import typing
 from lmtrain import schema
 
 RUN = """Runs the stages of an experiment in order. Run again, it goes on where it stopped, to the bit.
-SIGTERM and Ctrl-C save first (exit status 75). Any setting is changed by --config.PATH=VALUE:
+SIGTERM and Ctrl-C save first (exit status 75). Under Slurm, in a JobSet and on TPU pods it finds the other hosts;
+elsewhere LMTRAIN_COORDINATOR=HOST:PORT, LMTRAIN_PROCESSES and LMTRAIN_PROCESS name them (docs/hosts.md).
+Any setting is changed by --config.PATH=VALUE:
 
   lmtrain run --config experiments/quickstart.py --workdir runs/quickstart
   lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.path=books/
@@ -54,6 +56,28 @@ rows; docs/evaluation.md says what each means. Suites:
   lmtrain eval runs/quickstart/pretrain --suite fluency,coherence --text book.txt
   lmtrain eval runs/mine --suite accuracy,contamination --tasks "multiple_choice(path='exam.jsonl')"
   lmtrain eval runs/mine --suite harness --tasks exam --include_path my_tasks/"""
+
+
+PREPARE = """Makes raw text a corpus that pretraining reads: filters it, drops what stands twice and what stands in
+evaluation sets, tokenises it, and says in FOLDER/manifest.json what was dropped and why. Killed, the same command goes
+on. docs/prepare.md says what each step does.
+
+  lmtrain prepare --input crawl/*.warc.gz books/ --to corpus/ --pii --decontaminate gsm8k --decontaminate exam.jsonl
+  lmtrain prepare --input s3://bucket/*.jsonl.zst --to corpus/ --executor slurm --option partition=cpu \\
+      --option time=8:00:00 --workers 500
+  lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.source=prepared \\
+      --config.stages.pretrain.data.path=corpus/ --config.stages.tokenizer.kind=file \\
+      --config.stages.tokenizer.path=corpus/tokenizer
+
+Files: .jsonl .ndjson .parquet .warc .wet .txt .md .rst .html, each also .gz .zst .bz2 .xz. Applied in this order:
+
+  language        py3langid, or a fastText model; dropped where another language is likelier, or none is sure
+  gopher          repetition, length, symbols, stop words (arXiv 2112.11446)
+  c4              lines and sentences (arXiv 1910.10683); drops lines of a document too
+  fineweb         punctuation, short and repeated lines (arXiv 2406.17557)
+  exact, minhash  one of every set of equal, and of nearly equal, texts stays
+  decontaminate   13 words in a row of an evaluation row, or a shorter question whole
+  pii             e-mail and public IP addresses are replaced"""
 
 
 def fields_help() -> str:

@@ -14,8 +14,9 @@ END = 2**31
 #: Field -> (least, most), both allowed.
 STAGE = {
     "steps": (1, END), "batch_size": (1, END), "accumulate": (1, END), "log_every": (1, END), "eval_every": (0, END),
-    "checkpoint_every": (0, END), "keep_last": (1, END), "keep_best": (0, END), "samples": (0, END),
-    "sample_tokens": (1, END), "max_rollbacks": (0, END), "spike": (0, END), "sample_temperature": (0, END),
+    "checkpoint_every": (0, END), "local_every": (0, END), "keep_last": (1, END), "keep_best": (0, END),
+    "samples": (0, END), "sample_tokens": (1, END), "max_rollbacks": (0, END), "spike": (0, END),
+    "sample_temperature": (0, END),
 }  # fmt: skip
 ROLLOUT = {
     "group": (1, END), "minibatches": (1, END), "epochs": (1, END), "max_tokens": (0, END), "turns": (1, END),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmtrain import storage
 from lmtrain.types import LmtrainError
 
 METRICS = "metrics.jsonl"
@@ -44,7 +47,7 @@ class Writer:
         self._wants_board = tensorboard
         self._purge: int | None = None
         if jax.process_index() == 0:
-            with _writing(self.folder):
+            with storage.writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -57,7 +60,7 @@ class Writer:
             return
         row = {"step": int(step)} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
         append_jsonl(self.file, [row])
-        with _writing(self.folder / "tensorboard"):
+        with storage.writing(self.folder / "tensorboard"):
             board = self._tensorboard()
             if board is not None:
                 for name, value in row.items():
@@ -135,12 +138,15 @@ def append_jsonl(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
     Raises:
       LmtrainError: the disk refuses.
     """
-    file = pathlib.Path(file)
-    with _writing(file):
+    file, lines = pathlib.Path(file), _lines(rows)
+
+    def append() -> None:
         if file.exists():
             _drop_cut_line(file)
         with file.open("ab") as f:
-            f.write(_lines(rows))
+            f.write(lines)
+
+    storage.patiently(append, file)
 
 
 def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
@@ -153,7 +159,7 @@ def truncate_jsonl(file: str | os.PathLike[str], step: int) -> None:
     if file.exists():
         kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
         half = file.with_name(f"{file.name}.half")
-        with _writing(file):
+        with storage.writing(file):
             half.write_bytes(_lines(kept))
             os.replace(half, file)
 
@@ -171,18 +177,6 @@ def _drop_cut_line(file: pathlib.Path) -> None:
         if f.read(1) != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """What the disk refuses inside becomes one message that names the path."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise LmtrainError(
-            f"{path}: could not be written: {reason}. Once that is mended, the same command goes on."
-        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- progress
@@ -264,6 +258,11 @@ class Meter:
       peak: FLOP/s of one device; None: MFU is not known.
       devices: how many work together; None: all.
       window: steps that the rates are averaged over.
+
+    Attributes:
+      steps: noted so far.
+      seconds: that they took, without pauses and without those that `restart` let go.
+      pausing: whether a pause is going on.
     """
 
     def __init__(
@@ -276,24 +275,63 @@ class Meter:
         self.flops_per_token = flops_per_token
         self.peak = peak * (jax.device_count() if devices is None else devices) if peak else None
         self._ends: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
+        self._own: collections.deque[float] = collections.deque(maxlen=window)
         self._paused = 0.0
+        self._waited: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self.pausing = False
+        self.steps = 0
+        self.seconds = 0.0
 
-    def restart(self) -> None:
-        """Forgets the steps so far."""
+    def restart(self, forget: bool = False) -> None:
+        """Lets go of the steps so far; with `forget` of their seconds too, for they did not count."""
         self._ends.clear()
+        self.seconds = 0.0 if forget else self.seconds
 
     def step(self, tokens: int) -> None:
         """Notes that a step of so many tokens (all devices together) has ended."""
-        self._ends.append((time.monotonic() - self._paused, tokens))
+        now = time.monotonic() - self._paused
+        self.seconds += now - self._ends[-1][0] if self._ends else 0.0
+        self.steps += 1
+        self._ends.append((now, tokens))
+
+    def ready(self) -> None:
+        """Notes that this host is about to start a step: what passed since the last one ended is the host's own time,
+        in which all others wait for it."""
+        if self._ends:
+            self._own.append(time.monotonic() - self._paused - self._ends[-1][0])
+
+    def median(self) -> float | None:
+        """Seconds of the median step of the last ones; None while there are too few."""
+        ends = list(self._ends)
+        return statistics.median(b[0] - a[0] for a, b in itertools.pairwise(ends)) if len(ends) > 1 else None
+
+    def status(self) -> dict[str, Any]:
+        """What a host tells the others: steps, the median's seconds, and how many of them are its own."""
+        own = list(self._own)
+        return {"step": self.steps, "whole": self.median(), "own": statistics.median(own) if own else None}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (an evaluation, a save) does not count."""
-        begin = time.monotonic()
+        begin, self.pausing = time.monotonic(), True
         try:
             yield
         finally:
             self._paused += time.monotonic() - begin
+            self.pausing = False
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Time inside is what the loop waits for data, or for a checkpoint."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited[f"{what}_wait_seconds"] += time.monotonic() - begin
+
+    def waits(self) -> dict[str, float | None]:
+        """Seconds of the median step, and those waited so far."""
+        return {"step_seconds": self.median(), **self._waited}
 
     def rates(self) -> tuple[float | None, float | None]:
         """(tokens/s, MFU), each None while it is not known. MFU: model FLOP/s over the peak of all devices."""

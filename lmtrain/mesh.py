@@ -22,15 +22,17 @@ from lmtrain import schema
 from lmtrain.types import Array, Batch, nearest
 
 #: Axes of the mesh, slowest network first. `data` may span several slices (DCN); the rest stay within one.
-AXES = ("data", "fsdp", "tensor", "context", "expert")
+AXES = ("stage", "data", "fsdp", "tensor", "context", "expert")
 
-#: The mesh axes that split the rows of a batch.
-BATCH_AXES = ("data", "fsdp", "expert")
+#: The mesh axes that split the rows of a batch, in the order of AXES. (Rows pass from stage to stage only within the
+#: layers, models/pipeline.py; before and after, each stage has rows of its own.)
+BATCH_AXES = ("stage", "data", "fsdp", "expert")
 
 #: Logical axis -> the mesh axes that split it. Those split nowhere are listed too, so that a misspelt one is found.
 RULES: dict[str, tuple[str, ...]] = {
     # of parameters
-    "layers": (),
+    "layers": ("stage",),
+    "tail": (),  # layers left over where the pattern does not divide them
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -42,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # of activations
     "batch": BATCH_AXES,
     "length": ("context",),
+    "residual": ("context", "tensor"),  # positions between the layers' products (Korthikanti et al. 2022)
     "kv_length": (),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -106,19 +109,25 @@ def make(cfg: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
         raise schema.ConfigError(f"mesh.dcn_data is {networks}, but the devices form {slices} slices; set it to that.")
     if sizes["data"] % networks:
         raise schema.ConfigError(f"mesh.data is {sizes['data']}, which mesh.dcn_data={networks} does not divide.")
-    inner = (sizes["data"] // networks, *shape[1:])
-    outer = (networks, 1, 1, 1, 1)
+    outer = tuple(networks if axis == "data" else 1 for axis in AXES)
+    inner = tuple(n // m for n, m in zip(shape, outer, strict=True))
     if slices == networks:
         array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     else:
         # CPUs and GPUs know no slices: a slow network then joins equal runs of processes.
         devices.sort(key=lambda d: (d.process_index, d.id))
-        array = np.array(devices).reshape(shape)
+        array = np.moveaxis(np.array(devices).reshape(networks, *inner), 0, AXES.index("data")).reshape(shape)
     return _auto(array)
 
 
 def _auto(device_array: np.ndarray) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """cpu, gpu or tpu: the mesh's devices (which may be described, not present), else JAX's default."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def divisors(n: int) -> str:
@@ -138,7 +147,7 @@ def spec(axes: Axes, mesh: jax.sharding.Mesh) -> PartitionSpec:
     for name in axes:
         if name is not None and name not in RULES:
             raise ValueError(f"{name!r} is not a logical axis.{nearest(name, RULES)} (mesh.RULES: {', '.join(RULES)})")
-        split = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in taken) if name else ()
+        split = tuple(a for a in RULES.get(name, ()) if mesh.shape.get(a, 1) > 1 and a not in taken) if name else ()
         taken.update(split)
         parts.append(split[0] if len(split) == 1 else split or None)
     return PartitionSpec(*parts)
@@ -166,6 +175,14 @@ def constrain(x: jax.Array, axes: Axes, mesh: jax.sharding.Mesh | None) -> jax.A
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
+
+
+def residual(x_BTD: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Pins what passes from layer to layer: its positions are split over the tensor axis too, where they divide, so
+    that norms and what is kept of them are not repeated there. A product then gathers positions and scatters sums."""
+    ways = 1 if mesh is None else mesh.shape["context"] * mesh.shape["tensor"]
+    length = "residual" if x_BTD.shape[1] % ways == 0 else "length"
+    return constrain(x_BTD, ("batch", length, "act_embed"), mesh)
 
 
 def check_shapes(shapes_tree: Any, axes_tree: Any, mesh: jax.sharding.Mesh) -> None:
@@ -200,7 +217,7 @@ def is_axes(x: Any) -> bool:
 # -------------------------------------------------------------------------------------------------------------- batch
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """How many ways the rows of a batch are split."""
-    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+    return math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES)
 
 
 @functools.lru_cache(maxsize=16)  # asked for at every batch, and slow for thousands of devices
@@ -239,8 +256,8 @@ def batch_axes(name: str, ndim: int) -> Axes:
 def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     """This process's part of a batch (NumPy) -> the global batch, split over the mesh.
 
-    Every array's name ends in its shape (`tokens_BT`): B is split over data, fsdp and expert, T over context. Each
-    process passes its own rows (see `share`), of the full length T.
+    Every array's name ends in its shape (`tokens_BT`): B is split over BATCH_AXES, T over context. Each process
+    passes its own rows (see `share`), of the full length T.
 
     Raises:
       ConfigError: where the rows or positions do not divide.

@@ -25,7 +25,7 @@ Axes = tuple[str | None, ...]
 Schedule = Callable[[Any], jax.Array]
 
 #: Dimensions that only stack independent matrices: each layer's, each expert's, and those without a name.
-STACKED = ("layers", "experts", None)
+STACKED = ("layers", "tail", "experts", None)
 
 #: Dimensions that are one vector space together: a query matrix maps `embed` to `heads` x `head_dim`.
 HEADS = ("heads", "kv_heads", "head_dim")

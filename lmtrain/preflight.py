@@ -8,10 +8,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, feeds, optim, origins, partial, schema, scoring
+from lmtrain import checkpoint, feeds, optim, origins, partial, profiling, schema, scoring
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, jinja, sources, split
-from lmtrain.models import transformer
+from lmtrain.models import pipeline, shapes, transformer
 from lmtrain.models.layers import BY_LENGTH
 from lmtrain.rollout import rewards
 from lmtrain.types import LmtrainError
@@ -21,6 +21,8 @@ COMPUTED = {
     "attention",
     "remat",
     "unroll",
+    "microbatches",
+    "rounds",
     "loss_chunk",
     "dtype",
     "router_balance",
@@ -33,6 +35,13 @@ COMPUTED = {
 def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
     """Refuses what can be refused before a file is written: shapes, mesh, optimizer, sources that do not open, tasks
     and rewards that are not there, a reference that nothing stands for."""
+    every = {name: stage.local_every for name, stage in e.stages.items() if isinstance(stage, schema.Stage)}
+    if bool(e.local) != any(every.values()):
+        raise schema.ConfigError(
+            f"local is {e.local!r} and local_every {every}: the folder on each host's own disk and the steps between "
+            "two checkpoints there go together."
+        )
+    profiling.parse(e.profile)
     origin: schema.Model | None = None
     models: dict[str, schema.Model] = {}  # of the training stages so far
     for name, stage in e.stages.items():
@@ -64,6 +73,7 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                         "in few bits. Set model.lora.rank, train or freeze."
                     )
                 optim.make(stage.optim, stage.steps, partial.split(axes, chosen)[0])
+                pipeline.check(origin, shapes.groups(origin)[0], mesh)
                 check_batch(stage, mesh)
                 if origin.max_positions and stage.data.row_length > origin.max_positions:
                     raise schema.ConfigError(
@@ -148,7 +158,15 @@ def check_batch(stage: schema.Stage, mesh: Mesh) -> None:
     if stage.batch_size % ways:
         raise schema.ConfigError(
             f"batch_size is {stage.batch_size}, but must be a multiple of {ways}: accumulate={stage.accumulate} times "
-            f"the {ways // stage.accumulate} ways that mesh.data, fsdp and expert split it."
+            f"the {ways // stage.accumulate} ways that mesh.data, fsdp, expert and stage split it."
+        )
+    rows = stage.batch_size // stage.accumulate
+    stages, asked = mesh.shape["stage"], max(stage.model.microbatches, mesh.shape["stage"])
+    least = asked * mesh_lib.batch_shards(mesh) // stages
+    if stages > 1 and rows % least:
+        raise schema.ConfigError(
+            f"batch_size is {stage.batch_size}, {rows} rows at a time (accumulate={stage.accumulate}), but must be a "
+            f"multiple of {least}: model.microbatches={asked} times the ways that mesh.data, fsdp and expert split it."
         )
     if stage.data.row_length % context:
         raise schema.ConfigError(

@@ -124,9 +124,9 @@ def stops(run: runs.Run) -> list[int]:
 
 def token_settings(run: runs.Run) -> dict[str, Any]:
     """Fields of config.json that name tokens, and the longest row that the model has seen."""
-    end, pad = run.tokenizer.end, run.tokenizer.pad
+    begin, pad = run.tokenizer.begin, run.tokenizer.pad
     rows = [s["data"]["row_length"] for s in run.config["stages"].values() if "data" in s and "row_length" in s["data"]]
-    out: dict[str, Any] = {"bos_token_id": end, "eos_token_id": stops(run), "pad_token_id": pad}
+    out: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": stops(run), "pad_token_id": pad}
     if rows and run.model.rope_scaling.kind == "none" and run.model.positions == "rope":
         out["max_position_embeddings"] = max(2048, *rows)
     return out
@@ -140,12 +140,13 @@ def texts(run: runs.Run) -> dict[str, str]:
         name: (beside / name).read_text(encoding="utf-8") for name in tokenizer_lib.BESIDE if (beside / name).exists()
     }
     names = {i: name for name, i in run.tokenizer.specials.items()}
-    end, pad, ends = run.tokenizer.end, run.tokenizer.pad, stops(run)
+    begin, pad, ends = run.tokenizer.begin, run.tokenizer.pad, stops(run)
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[end], "eos_token": names[ends[0]],
-        "pad_token": names[pad], "clean_up_tokenization_spaces": False, "model_max_length": 1 << 30,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": run.tokenizer.backend.id_to_token(begin),
+        "eos_token": names[ends[0]], "pad_token": names[pad], "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
     }  # fmt: skip
-    generation = {"bos_token_id": end, "eos_token_id": ends, "pad_token_id": pad, "do_sample": True}
+    generation = {"bos_token_id": begin, "eos_token_id": ends, "pad_token_id": pad, "do_sample": True}
     made = {
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
@@ -172,6 +173,9 @@ def jinja_template(run: runs.Run) -> str:
 def card(run: runs.Run, family: str, dtype: str) -> str:
     """The model card: what it is, how to use it, what it learned from, settings, scores, bias audit."""
     counted = transformer.count(run.model)
+    token = run.tokenizer
+    name = token.backend.id_to_token(token.begin)
+    start = '"Once"' if token.begin != token.end else 'tokenizer.bos_token + "Once"'  # the first is put there by itself
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- lmtrain", f"- {family}",
         "---", "", f"# {run.folder.name}", "",
@@ -179,7 +183,7 @@ def card(run: runs.Run, family: str, dtype: str) -> str:
         + (f": stage `{run.stage}`, step {run.step:,}." if run.stage else "."),
         "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")',
-        'start = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # documents begin with that token',
+        f"start = tokenizer({start}, return_tensors=\"pt\")  # documents begin with {name}",
         "print(tokenizer.decode(model.generate(**start, max_new_tokens=50)[0]))", "```", "",
     ]  # fmt: skip
     lines += _data(run) + _scores(run) + _bias(run) + _settings(run)

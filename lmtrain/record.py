@@ -21,7 +21,7 @@ from lmtrain.data.pipeline import Heldout, Pipeline, Table
 from lmtrain.data.table import Conversations
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.eval.subject import Missing, Side
-from lmtrain.types import LmtrainError
+from lmtrain.types import LmtrainError, nearest
 
 _READ = 1 << 20  # tokens that are read at once
 ROWS = ("documents", "chat")  # kinds whose loss is a sum over tokens
@@ -186,6 +186,21 @@ class Record:
         self.stages.append(Stage(folder, cfg, e.seed, self.run.tokenizer))
 
 
+def of_stage(run: runs.Run, stage: str) -> Record:
+    """What another stage of a run holds out, it alone.
+
+    Raises:
+      LmtrainError: the run has no such stage with a checkpoint.
+    """
+    known = [here.name for here in origins.stages(run.folder) if (here / "checkpoints").is_dir()]
+    if stage not in known:
+        has = ", ".join(known) or "none"
+        raise LmtrainError(f"heldout: {stage!r} is no stage of {run.folder}.{nearest(stage, known)} (stages: {has})")
+    record = Record(dataclasses.replace(run, stage=stage))
+    record.stages = record.stages[-1:]
+    return record
+
+
 def open_record(run: runs.Run) -> Record | None:
     """The record of a run that `lmtrain run` made; None of a model from elsewhere."""
     if not (run.folder / run.stage / "checkpoints").is_dir() or run.stage not in run.config.get("stages", {}):
@@ -203,8 +218,8 @@ def _pieces(stream: store.Stream, tokenizer: Tokenizer) -> Iterator[str]:
     while start < len(stream):
         ids = np.concatenate([rest, stream.read(start, start + _READ)])
         start += _READ
-        ends = np.flatnonzero(ids == tokenizer.end)
-        cut = len(ids) if start >= len(stream) else int(ends[-1]) if len(ends) else 0
+        begins = np.flatnonzero(ids == tokenizer.begin)
+        cut = len(ids) if start >= len(stream) else int(begins[-1]) if len(begins) else 0
         rest = ids[cut:]
         yield from _split(ids[:cut], tokenizer)
 

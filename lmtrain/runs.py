@@ -13,20 +13,23 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from lmtrain import checkpoint, engine, log, origins, schema
+from lmtrain import checkpoint, engine, log, origins, remote, schema
+from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.interop import huggingface
+from lmtrain.models import transformer
 from lmtrain.origins import find_stage, read_json, stored_model
+from lmtrain.storage import write_json as write_json
 from lmtrain.types import LmtrainError, Params
 
 WORTH_KEEPING = 100 << 20  # bytes of tokenised text that a run which failed before its first checkpoint leaves
@@ -37,6 +40,7 @@ class Run:
     """A run's folder, opened at one of its training stages: parameters, tokenizer, metrics, generation.
 
     Of a Hugging Face folder: stage "", step 0, no metrics, and parameters in the dtype that they are stored in.
+    `mesh` is where the parameters lie, where that is more than one device.
     """
 
     folder: pathlib.Path
@@ -46,6 +50,7 @@ class Run:
     tokenizer: tokenizer_lib.Tokenizer
     params: Params
     step: int
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -76,9 +81,8 @@ class Run:
         self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, stop: Sequence[str] = (), **sampling: Any
     ) -> Iterator[str]:
         """The same, piece by piece. Bytes of an unfinished character, or what may begin a stop text, wait for more."""
-        end = self.tokenizer.special("<|endoftext|>")
-        how = engine.Sampling(tokens, temperature, stop=(end,), stop_texts=tuple(stop), **sampling)
-        ids = [end, *self.tokenizer.encode(prompt)]
+        how = engine.Sampling(tokens, temperature, stop=(self.tokenizer.end,), stop_texts=tuple(stop), **sampling)
+        ids = [self.tokenizer.begin, *self.tokenizer.encode(prompt)]
         held = ""
         drawn = engine.stream(self.model, self.params, ids, how, decode=self.tokenizer.decode)
         for piece in self.tokenizer.pieces(drawn):
@@ -102,24 +106,39 @@ def before_stop(text: str, stop: Sequence[str]) -> int:
     return min(ends)
 
 
-def load(folder: str | os.PathLike[str]) -> Run:
+def load(folder: str | os.PathLike[str], place: Callable[[schema.Model], Mesh | None] | None = None) -> Run:
     """Opens a run (its last stage with a checkpoint), one stage's folder, or a Hugging Face folder ("hf:..."), for
-    generation and inspection."""
+    generation and inspection.
+
+    Args:
+      place: the mesh that parameters of this shape are read onto; without it they are NumPy arrays.
+    """
+
+    def split(model: schema.Model) -> tuple[Mesh | None, Any]:
+        mesh = place(model) if place else None
+        return mesh, None if mesh is None else mesh_lib.shardings(transformer.axes(model), mesh)
+
     if str(folder).startswith(huggingface.PREFIX):
         found = huggingface.open_folder(str(folder))
         config = {"model": dataclasses.asdict(found.model), "stages": {}}
-        return Run(found.path, "", config, found.model, found.tokenizer(), found.params(dtype="stored"), 0)
+        mesh, shardings = split(found.model)
+        params = found.params(shardings, dtype="stored")
+        return Run(found.path, "", config, found.model, found.tokenizer(), params, 0, mesh)
+    if remote.is_remote(folder):
+        folder = remote.copied(str(folder))
     stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")
+    mesh, shardings = split(stored_model(stored))
     return Run(
         folder=stage_folder.parent,
         stage=stage_folder.name,
         config=stored,
         model=stored_model(stored),
         tokenizer=tokenizer_lib.load(stage_folder.parent / "tokenizer"),
-        params=origins.find(str(stage_folder)).load(None),
+        params=origins.find(str(stage_folder)).load(shardings),
         step=step,
+        mesh=mesh,
     )
 
 
@@ -140,13 +159,6 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def write_json(file: pathlib.Path, value: Any) -> None:
-    """Writes through a temporary file, so that a kill leaves the old one or the new one."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
-
-
 @contextlib.contextmanager
 def owned(folder: pathlib.Path) -> Iterator[None]:
     """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
@@ -162,7 +174,8 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
         raise LmtrainError(f"--workdir {folder}: cannot write there ({error.strerror}).") from None
     with lock:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if jax.process_count() > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if jax.process_index() == 0:  # for all of the run's processes
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LmtrainError(
                 f"{folder}: another process is running there. Wait for it, or take another --workdir."
@@ -170,7 +183,11 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
         try:
             yield
         except Exception:
-            if fresh and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints")):
+            if (
+                jax.process_index() == 0
+                and fresh
+                and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints"))
+            ):
                 tokenised = sum(p.stat().st_size for p in folder.glob("data/**/*") if p.is_file())
                 for path in folder.iterdir():
                     if path.name != "data" or tokenised < WORTH_KEEPING:

@@ -22,6 +22,7 @@ class Mesh:
     tensor: int = 1  # heads, MLP and vocabulary
     context: int = 1  # positions of a row
     expert: int = 1  # experts of a mixture; rows of the batch elsewhere
+    stage: int = 1  # layers, which microbatches pass one after the other; rows of the batch elsewhere
     dcn_data: int = 1  # slices (or slow networks) that the data axis spans
     auto: bool = False  # --config.mesh=auto: the axes above are worked out from the model and the devices
 
@@ -108,6 +109,8 @@ class Model:
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
     remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
     unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 32 on GPU, 1 elsewhere
+    microbatches: int = 0  # that pass the stages of mesh.stage; 0: one for each stage
+    rounds: int = 1  # how often each passes them: the circular schedule, with less of the time unused
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as models/head.py's CHUNK_BYTES hold
     dtype: str = "auto"  # of activations and products; auto: float32 on CPU, bfloat16 elsewhere. Weights are float32
 
@@ -122,9 +125,7 @@ class Data:
     """Where documents (or conversations, or pairs of them) come from and how they become rows."""
 
     # For chat also "task": a task's own demonstrations (path: its name), and "openai": fine-tuning files of OpenAI's.
-    source: str = (
-        "stdlib"  # stdlib | text | jsonl | json | parquet | arrayrecord | hf | canary | "package.module:function"
-    )
+    source: str = "stdlib"  # stdlib text jsonl json parquet arrayrecord hf canary prepared "package.module:function"
     path: str = ""  # file, folder or glob (source hf: a name or a folder). stdlib: "docs", "source" or "" for both
     field: str = "text"  # of a row, where the source has rows
     document: str = "auto"  # text: file | paragraph (blank lines between) | line; auto: file
@@ -226,6 +227,7 @@ class Stage:
     log_every: int = 10
     eval_every: int = 200  # 0: only at the end
     checkpoint_every: int = 200  # 0: only at the end
+    local_every: int = 0  # steps between checkpoints on each host's own disk (local of the experiment); 0: none
     keep_last: int = 2
     keep_best: int = 1
     init_from: str = ""  # "": the stage before, or fresh; else an earlier stage's name, a run's folder, or a stage's
@@ -252,7 +254,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A stage that scores the result of every training stage before it on the same held-out rows of tasks."""
+    """A stage that scores the result of every training stage before it on the same held-out rows of tasks; before
+    them, as `start`, what the first of them starts from, where that is another run or an imported model."""
 
     tasks: tuple[str, ...] = ()
     rows: int = 256  # of each task
@@ -260,8 +263,9 @@ class Evaluation:
     temperature: float = 1.0
     max_tokens: int = 0  # of one reply; 0: the task's own limit
     suites: tuple[str, ...] = ()  # of `lmtrain eval`, run on every stage, their scores side by side
+    heldout: str = ""  # the stage whose held-out rows and text all are measured on; "": each on its own
     bias: tuple[str, ...] = ()  # what the suite bias measures with ("canary=blims/daxes"); (): "swaps"
-    stages: tuple[str, ...] = ()  # which stages; (): all that train
+    stages: tuple[str, ...] = ()  # which stages; (): all that train, and the start
     slots: int = 128
 
 
@@ -272,6 +276,10 @@ class Experiment:
     seed: int = 0
     mesh: Mesh = Mesh()
     tensorboard: bool = True
+    local: str = ""  # a folder on each host's own disk, for checkpoints between those of the run's folder
+    profile: str = ""  # STEP:COUNT, such as 100:5: a trace of so many steps for xprof, in the stage's folder
+    watchdog: float = 20.0  # no step within so many median ones: the stacks of all threads, and the end; 0: never
+    watchdog_least: float = 600.0  # seconds that the watchdog waits at least: a compilation is no hang
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> Tokenizer | Stage | Evaluation, in order
 
 

@@ -24,6 +24,7 @@ from lmtrain.models import transformer
 from lmtrain.rollout import episodes, rewards
 from lmtrain.types import LmtrainError
 
+START = "start"  # what the table calls what the first stage starts from
 Scores = dict[str, dict[str, Any]]  # task -> what eval.tasks.score found
 
 
@@ -35,14 +36,28 @@ def stages_of(e: schema.Experiment, cfg: schema.Evaluation, name: str) -> list[s
     """
     before = list(e.stages)[: list(e.stages).index(name)]
     chatting = [n for n in before if isinstance(s := e.stages[n], schema.Stage) and not s.model.scalar_head]
-    for wanted in cfg.stages:
+    for field, wanted in [*(("stages", n) for n in cfg.stages), *([("heldout", cfg.heldout)] if cfg.heldout else [])]:
         if wanted not in chatting:
             raise schema.ConfigError(
-                f"stages.{name}.stages names {wanted!r}, but takes training stages before it: {', '.join(chatting)}."
+                f"stages.{name}.{field} names {wanted!r}, but takes training stages before it: {', '.join(chatting)}."
             )
     if not chatting:
         raise schema.ConfigError(f"stages.{name} scores the training stages before it, and there is none.")
     return [n for n in chatting if not cfg.stages or n in cfg.stages]
+
+
+def start_of(
+    e: schema.Experiment, cfg: schema.Evaluation, tok: Tokenizer, folder: pathlib.Path
+) -> dict[str, tuple[origins.Origin, schema.Data]]:
+    """{START: (what an experiment's first stage starts from, that stage's data)}; {} where it starts from nothing, or
+    that is not scored: stages are named, it has other tokens, or it is a reward model."""
+    first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
+    if cfg.stages or not first.init_from:
+        return {}
+    origin = origins.find(first.init_from, folder)
+    if origin.fingerprint != tok.fingerprint or origin.model.scalar_head:
+        return {}
+    return {START: (origin, first.data)}
 
 
 def run(
@@ -51,20 +66,22 @@ def run(
     """Scores what has not been scored yet, writes summary.json, prints the table. Goes on where it was stopped."""
     here = folder / name
     if cfg.suites:
-        log.say(side_by_side(_suites(e, name, cfg, folder)))
+        log.say(side_by_side(_suites(e, name, cfg, tok, folder)))
     if not cfg.tasks:
         return
     made = rewards.get_tasks(cfg.tasks)
     settings = dataclasses.asdict(cfg) | {"seed": e.seed}
     known = origins.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
     results: dict[str, Scores] = {}
-    for stage in stages_of(e, cfg, name):
-        step = checkpoint.newest_sound(folder / stage / "checkpoints")
+    scored = start_of(e, cfg, tok, folder)
+    scored |= {n: (origins.find(str(folder / n)), e.stages[n].data) for n in stages_of(e, cfg, name)}
+    for stage, (origin, data) in scored.items():
+        step = origin.identify() if stage == START else checkpoint.newest_sound(folder / stage / "checkpoints")
         mark = json.loads(json.dumps({"step": step, "settings": settings}))
         if known.get(stage, {}).get("of") == mark:
             results[stage] = known[stage]["tasks"]
             continue
-        results[stage] = _score(folder / stage, cfg, made, tok, mesh, e.seed, here)
+        results[stage] = _score(stage, origin, data, cfg, made, tok, mesh, e.seed, here)
         known[stage] = {"of": mark, "tasks": results[stage]}
         if jax.process_index() == 0:
             here.mkdir(parents=True, exist_ok=True)
@@ -80,15 +97,31 @@ def check(cfg: schema.Evaluation, where: str) -> None:
         rewards.get_tasks(cfg.tasks)
     for suite in cfg.suites:
         suites_lib.names(suite)
+    if cfg.heldout and not {"fluency", "coherence"} & set(cfg.suites):
+        raise schema.ConfigError(
+            f"{where}.heldout goes with suites=('fluency', 'coherence') or one of them; suites is {cfg.suites!r}."
+        )
     if cfg.bias and "bias" not in cfg.suites:
         raise schema.ConfigError(f"{where}.bias goes with suites=('bias',); suites is {cfg.suites!r}.")
     bias.parse(cfg.bias)
 
 
-def _suites(e: schema.Experiment, name: str, cfg: schema.Evaluation, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _suites(
+    e: schema.Experiment, name: str, cfg: schema.Evaluation, tok: Tokenizer, folder: pathlib.Path
+) -> dict[str, dict[str, Any]]:
     """{stage: {score: as it stands in eval.json}}. What stands there of the same step and settings is not run again."""
-    settings = Settings(bias=cfg.bias, rows=cfg.rows, seed=e.seed, temperature=cfg.temperature)
+    length = e.stages[cfg.heldout].data.row_length if cfg.heldout else 0
+    settings = Settings(
+        bias=cfg.bias, heldout=cfg.heldout, rows=cfg.rows, seed=e.seed, temperature=cfg.temperature, row_length=length
+    )
     out: dict[str, dict[str, Any]] = {}
+    for begin, (origin, data) in start_of(e, cfg, tok, folder).items():
+        onto = evaluate.spread(origin.model)
+        params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None)
+        opened = runs.Run(folder, begin, {}, origin.model, tok, params, 0, onto)
+        seen = dataclasses.replace(settings, row_length=length or data.row_length)
+        found = evaluate.evaluate(opened, ",".join(cfg.suites), seen)
+        out[START] = {n: score for result in found.values() for n, score in result.json()["scores"].items()}
     for stage in stages_of(e, cfg, name):
         step = checkpoint.newest_sound(folder / stage / "checkpoints")
         for suite in suites_lib.names(",".join(cfg.suites)):
@@ -118,19 +151,16 @@ def side_by_side(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _score(
-    stage: pathlib.Path, cfg: schema.Evaluation, made: dict[str, Any], tok: Tokenizer, mesh: Mesh, seed: int,
-    here: pathlib.Path,
+    stage: str, origin: origins.Origin, data: schema.Data, cfg: schema.Evaluation, made: dict[str, Any],
+    tok: Tokenizer, mesh: Mesh, seed: int, here: pathlib.Path,
 ) -> Scores:  # fmt: skip
-    stored = origins.read_json(stage / "config.json")
-    model, how = origins.stored_model(stored), stored["stages"][stage.name]
-    shardings = mesh_lib.shardings(transformer.axes(model), mesh)
-    params = origins.find(str(stage)).load(shardings)
-    engine = Engine(model, mesh, slots=cfg.slots)
-    template = chat.Template(tok, runs.template(stage.parent, how["data"]["template"]))
+    params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), mesh))
+    engine = Engine(origin.model, mesh, slots=cfg.slots)
+    template = chat.Template(tok, runs.template(here.parent, data.template))
     scores: Scores = {}
     for task_name, task in made.items():
         rows = min(cfg.rows or len(task.rows("heldout")), len(task.rows("heldout")))
-        with log.Progress(rows * cfg.samples, name=f"{here.name}: {stage.name}, {task_name}") as progress:
+        with log.Progress(rows * cfg.samples, name=f"{here.name}: {stage}, {task_name}") as progress:
             done = 0
 
             def show(ended: int) -> None:
@@ -140,12 +170,11 @@ def _score(
 
             found = scores_lib.score(
                 engine, params, template, task, rows=cfg.rows, samples=cfg.samples, temperature=cfg.temperature,
-                max_tokens=cfg.max_tokens, longest=how["data"]["row_length"], seed=seed, progress=show,
+                max_tokens=cfg.max_tokens, longest=data.row_length, seed=seed, progress=show,
             )  # fmt: skip
         scores[task_name] = found.summary
         texts = [
-            {"step": 0, "stage": stage.name, "task": task_name, "text": episodes.transcript(p)}
-            for p in found.played[:4]
+            {"step": 0, "stage": stage, "task": task_name, "text": episodes.transcript(p)} for p in found.played[:4]
         ]
         if jax.process_index() == 0:
             here.mkdir(parents=True, exist_ok=True)

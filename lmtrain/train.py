@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import signal
 import statistics
@@ -14,14 +15,13 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, log, optim, partial, schema, step
+from lmtrain import checkpoint, compilation, goodput, hosts, log, nearby, optim, partial, profiling, schema, step
 from lmtrain import mesh as mesh_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.models import transformer
-from lmtrain.types import Batch, Frozen, LmtrainError, Params, TrainState
+from lmtrain.types import Batch, Frozen, LmtrainError, Params, Stopped, TrainState
 
 
 class Source(Protocol):
@@ -33,10 +33,6 @@ class Source(Protocol):
     def skip(self, n: int) -> None: ...
 
     # and, where it has some: report() -> dict[str, float], numbers of the batch given last for metrics.jsonl
-
-
-class Stopped(LmtrainError):
-    """SIGTERM or Ctrl-C: the run is saved; the same command goes on."""
 
 
 @dataclasses.dataclass
@@ -61,16 +57,26 @@ SAMPLES = "samples.jsonl"
 SPIKE_WINDOW = 64  # losses whose median a spike is measured against
 
 
-def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard: bool = True) -> TrainState:
+def train(
+    parts: Parts,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    seed: int,
+    tensorboard: bool = True,
+    crew: hosts.Crew | None = None,
+) -> TrainState:
     """Runs one stage to its last step and returns its state.
 
     Interrupted at any point, the same call goes on where it stopped, to the bit.
+
+    Args:
+      crew: the processes that run it together; None: this one by itself.
 
     Raises:
       Stopped: on SIGTERM or Ctrl-C, once the state is saved.
       LmtrainError: a loss that stays non-finite, a damaged run, a full disk.
     """
-    cfg, source = parts.cfg, parts.source
+    cfg, source, crew = parts.cfg, parts.source, crew or hosts.Crew()
     report: Callable[[], dict[str, float]] = getattr(source, "report", dict)
 
     def on_devices(batch: Batch) -> Batch:
@@ -92,27 +98,36 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
     evaluate = step.make_evaluate(loss, forward, mesh, cfg.loss)
     heldout = [on_devices(b) for whole in parts.heldout for b in microbatches(whole, cfg.accumulate)]
     best = "heldout_loss" if heldout else "-heldout_score"
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best)
+    wall = goodput.Goodput(folder)
+    near = None
+    if crew.local and cfg.local_every:
+        run = str(mesh_lib.from_first(np.array(wall.begun, np.int32)))
+        near = nearby.Nearby(pathlib.Path(crew.local) / nearby.place(folder), run)
+    # One process tries a failed save again by itself; several all end, and their launcher begins again.
+    pauses = checkpoint.PAUSES if jax.process_count() == 1 else ()
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses, near)
     writer = log.Writer(folder, tensorboard=tensorboard)
 
     # ---------------------------------------------------------------- restore
     first_position = source.state()
     losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
     rollbacks = seen = 0  # seen: positions learned from so far
+    counted = 0.0  # seconds of the steps up to the checkpoint
 
     def restore() -> tuple[TrainState, int]:
-        nonlocal rollbacks, seen
+        nonlocal rollbacks, seen, counted
         found = checkpoints.restore_newest(abstract)
         losses.clear()
         if found is None:
             source.restore(first_position)
-            seen = 0
+            seen, counted = 0, 0.0
             return start(jax.random.key(seed), parts.initial() if parts.initial else None), 0
         state, meta, at = found
         source.restore(meta["source"])
         losses.extend(meta["loop"]["losses"])
         rollbacks = max(rollbacks, meta["loop"]["rollbacks"])
         seen = meta["loop"]["tokens"]
+        counted = meta["loop"].get("seconds", 0.0)
         return state, at
 
     def forget(after: int) -> None:
@@ -134,7 +149,9 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
 
     def row(now: int, tokens: int, metrics: dict[str, Any]) -> dict[str, Any]:
         speed, mfu = meter.rates()
-        return {"step": now, "tokens": tokens, **metrics, "tokens_per_second": speed, "mfu": mfu}
+        share = wall.share(counted + meter.seconds)
+        rates = {"tokens_per_second": speed, "mfu": mfu, "goodput": share, **meter.waits(), **compilation.spent()}
+        return {"step": now, "tokens": tokens, **metrics, **rates, **crew.slow_host()}
 
     def evaluation(now: int, state: TrainState) -> dict[str, float]:
         with meter.paused():
@@ -157,26 +174,33 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
 
     # ---------------------------------------------------------------- steps
     pending: collections.deque[tuple[int, int, Any, dict[str, float]]] = collections.deque()  # still on the device
-    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop:
+    metrics: Any = {}
+    trace = profiling.Trace(crew.profile, folder / "profile")
+    with log.Progress(cfg.steps, at, name=folder.name) as progress, stop_signals() as stop, crew.watching(meter), trace:
         progress.show(at, scores)
         meter.restart()
-        counted = seen
+        met = seen  # tokens that the meter knows of
         while at < cfg.steps:
-            batch = on_devices(source.next(whole(state)) if upcoming is None else upcoming)
+            trace.step(at, metrics)
+            with meter.waiting("data"):
+                batch = on_devices(source.next(whole(state)) if upcoming is None else upcoming)
             upcoming, told = None, report()
+            meter.ready()
             state, metrics = update(state, batch)  # dispatched, not awaited
             at, seen = at + 1, seen + batch["tokens_BT"].size
             pending.append((at, seen, metrics, told))
             evaluating = at == cfg.steps or due(at, cfg.eval_every)
-            stopping = stop.agreed(at, cfg.log_every)
-            saving = at == cfg.steps or due(at, cfg.checkpoint_every) or bool(stopping)
+            stopping = stop.agreed(crew)
+            last = at == cfg.steps or bool(stopping)
+            saving = last or due(at, cfg.checkpoint_every) or checkpoints.again()
+            near_only = not saving and due(at, cfg.local_every) and near is not None
             # -------------------------------------------------------- log the step before, while this one runs
             wrong = ""
-            while pending and not wrong and (len(pending) > 1 or evaluating or saving):
+            while pending and not wrong and (len(pending) > 1 or evaluating or saving or near_only):
                 done, tokens, on_device, told = pending.popleft()
                 numbers = {k: float(v) for k, v in jax.device_get(on_device).items()} | told
-                meter.step(tokens - counted)
-                counted = tokens
+                meter.step(tokens - met)
+                met = tokens
                 wrong = unsound(numbers, losses, cfg.spike)
                 if not wrong:
                     losses.append(numbers["loss"])
@@ -198,7 +222,8 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                         "max_rollbacks allows more."
                     )
                 state, at = restore()
-                upcoming, counted = None, seen
+                upcoming, met = None, seen
+                meter.restart(forget=True)
                 skipped += done - at
                 source.skip(skipped)
                 pending.clear()
@@ -215,17 +240,24 @@ def train(parts: Parts, folder: pathlib.Path, mesh: Mesh, seed: int, tensorboard
                 writer.write(at, {**row(at, seen, numbers), **scores})
                 progress.show(at, {**row(at, seen, numbers), **scores})
             # -------------------------------------------------------- save
-            if saving:
+            if saving or near_only:
                 loop = {"losses": list(losses), "rollbacks": rollbacks, "tokens": seen}
-                with meter.paused():
-                    checkpoints.save(at, state, {"source": source.state(), "loop": loop, **parts.meta}, scores)
+                loop["seconds"] = counted + meter.seconds
+                meta = {"source": source.state(), "loop": loop, **parts.meta}
+                with meter.paused(), meter.waiting("checkpoint"):
+                    if saving:
+                        checkpoints.save(at, state, meta, scores, last)
+                    else:
+                        checkpoints.save_nearby(at, state, meta)
                 skipped = 0
             if stopping and at < cfg.steps:
                 checkpoints.close()
                 writer.close()
+                wall.stop()
                 raise Stopped(f"{folder}: stopped by {stopping} at step {at} and saved; the same command goes on.")
     checkpoints.close()
     writer.close()
+    wall.stop()
     return state
 
 
@@ -254,28 +286,28 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
 class _Stop:
     asked = ""  # the signal that this process got
 
-    def agreed(self, at: int, every: int) -> str:
-        """The signal to stop for. Several processes ask one another every few steps, and all stop at the same one."""
+    def agreed(self, crew: hosts.Crew) -> str:
+        """The signal to stop for. Whichever of several processes got it, all of them stop at the same step."""
         if jax.process_count() == 1:
             return self.asked
-        if not due(at, every):
-            return ""
-        asked = multihost_utils.process_allgather(np.array(bool(self.asked))).any()
-        return (self.asked or "another process") if asked else ""
+        return (self.asked or "SIGTERM to one of the processes") if crew.preempted() else ""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[_Stop]:
     """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two steps; a second Ctrl-C ends at once."""
     stop, before = _Stop(), {}
+    several = jax.process_count() > 1
 
     def handle(number: int, frame: Any) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's runtime listens to that, and tells the other processes
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, handle)
     except ValueError:
         pass  # not the main thread (a notebook's worker): whoever owns the signals stops the run

@@ -29,6 +29,7 @@ Array = jax.Array | np.ndarray
 #:   segments_BT  int32    1, 2, ... for the documents of a row, 0 for padding (absent: a row is one document)
 #:   positions_BT int32    position within the document (absent: 0, 1, 2, ...)
 #:   groups_BT    int32    with data.groups: the cell (group and outcome) of the document, 0 for none
+#:   balance_BT   float32  with data.groups: what a token would weigh were all cells as frequent (group 0: 1)
 #: Objectives add their own. Arrays stay NumPy on the host until `mesh.put`.
 Batch = dict[str, Any]
 
@@ -71,7 +72,24 @@ class LmtrainError(Exception):
     """An error of the user's making: the command prints its message alone, without a traceback, and exits with 2.
 
     The message says what, where, what was expected, and the nearest valid name.
+
+    Attributes:
+      status: the exit status of the command.
     """
+
+    status = 2
+
+
+class Stopped(LmtrainError):
+    """SIGTERM or Ctrl-C: the run is saved; the same command goes on."""
+
+    status = 75  # EX_TEMPFAIL
+
+
+class StorageError(LmtrainError):
+    """A disk, a file system or a bucket refuses; once it is mended, the same command goes on."""
+
+    status = 74  # EX_IOERR
 
 
 def nearest(got: str, names: Iterable[str]) -> str:

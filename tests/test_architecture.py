@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"types", "schema", "flags", "limits", "config", "mesh", "log"}
+BASE = {"types", "schema", "flags", "limits", "config", "mesh", "storage", "log"}
 ROOMS = {
     "types": set(),
     "schema": {"types"},
@@ -14,8 +14,10 @@ ROOMS = {
     "limits": {"types", "schema", "flags"},
     "config": {"types", "schema", "flags", "limits"},
     "mesh": {"types", "schema"},
-    "log": {"types", "schema", "mesh"},
+    "storage": {"types"},
+    "log": {"types", "schema", "mesh", "storage"},
     "compilation": set(),
+    "profiling": {"schema", "log"},
     "data": BASE,
     "models": BASE,
     "optim": BASE,
@@ -23,7 +25,8 @@ ROOMS = {
     "partial": {"types", "schema"},
     "step": {"types", "schema", "mesh", "optim", "partial"},
     "manifest": {"types", "log"},
-    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest"},
+    "nearby": {"manifest"},
+    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest", "nearby"},
     "engine": BASE | {"models"},
     "interop": BASE | {"data", "models", "tasks", "sandbox"},
     "sandbox": {"types"},
@@ -31,8 +34,29 @@ ROOMS = {
     "rollout": BASE | {"engine", "tasks", "data", "models", "objectives.common"},
     # An evaluation plays the conversations that training plays.
     "eval": BASE | {"engine", "tasks", "data", "models", "objectives.common", "rollout"},
+    # It keeps evaluation rows out of what is trained on, and lets a trained model write some of that.
+    "prepare": BASE | {"data", "tasks", "rollout", "eval", "engine", "runs", "record", "evaluate", "compilation"},
+    "goodput": {"storage"},
+    "hosts": BASE,
     "train": BASE
-    | {"data", "models", "objectives", "optim", "partial", "step", "checkpoint", "engine", "eval", "rollout", "tasks"},
+    | {
+        "compilation",
+        "goodput",
+        "hosts",
+        "profiling",
+        "nearby",
+        "data",
+        "models",
+        "objectives",
+        "optim",
+        "partial",
+        "step",
+        "checkpoint",
+        "engine",
+        "eval",
+        "rollout",
+        "tasks",
+    },
 }
 ANYTHING = {
     "experiment",
@@ -41,6 +65,7 @@ ANYTHING = {
     "scoring",
     "evaluate",
     "record",
+    "remote",
     "runs",
     "origins",
     "publish",

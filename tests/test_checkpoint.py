@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lmtrain import checkpoint, manifest, mesh, optim, schema, step
-from lmtrain.types import LmtrainError
+from lmtrain.types import LmtrainError, StorageError
 
 AXES = {"block": {"w": ("layers", "embed", "mlp")}, "norm": ("norm",)}
 
@@ -406,6 +406,55 @@ def test_an_error_in_the_background_surfaces_at_the_next_save(folder, monkeypatc
             checkpoints.save(2, state, {})
     assert list(folder.iterdir()) == []
     checkpoints.close()
+
+
+def flaky(monkeypatch, times):
+    """The disk is full for so many manifests."""
+    write, left = checkpoint.write_manifest, [times]
+
+    def write_or_not(*args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", write_or_not)
+
+
+def test_a_save_that_failed_is_done_again_while_training_goes_on(folder, monkeypatch, capsys):
+    abstract = saved(folder, 100)
+    flaky(monkeypatch, 1)
+    state, _, _ = build(1)
+    checkpoints = checkpoint.Checkpoints(folder, pauses=(0.3,))
+    checkpoints.save(200, state, {"n": 200})
+    while not checkpoints.again():
+        assert checkpoint.steps(folder) == [100]  # the last good one stays
+        time.sleep(0.01)
+    said = capsys.readouterr().out
+    assert (
+        "no space left on the disk" in said and "that of step 100 is kept" in said and "Again in 0.3 s (1 of 1)" in said
+    )
+    checkpoints.save(203, state, {"n": 203})
+    checkpoints.close()
+    assert not checkpoints.again()
+    assert restore(folder, abstract)[2] == 203
+
+
+def test_the_last_save_is_tried_until_it_stands(folder, monkeypatch):
+    flaky(monkeypatch, 3)
+    checkpoints = checkpoint.Checkpoints(folder, pauses=(0.01,) * 3)
+    checkpoints.save(1, build(1)[0], {}, last=True)
+    assert checkpoint.steps(folder) == [1]
+    checkpoints.close()
+
+
+def test_a_disk_that_stays_full_ends_in_one_message_and_keeps_what_there_is(folder, monkeypatch):
+    saved(folder, 100)
+    flaky(monkeypatch, 99)
+    checkpoints = checkpoint.Checkpoints(folder, pauses=(0.01,) * 3)
+    with pytest.raises(StorageError, match="checkpoints/200: .*that of step 100 is kept"):
+        checkpoints.save(200, build(1)[0], {}, last=True)
+    assert checkpoint.steps(folder) == [100]
 
 
 def test_meta_that_json_cannot_hold_is_refused_at_once(folder):

@@ -42,6 +42,8 @@ MESHES = {
     "tensor": (4, "", dict(tensor=4)),
     "context": (4, "", dict(context=4)),
     "fsdp x tensor x context": (8, "", dict(fsdp=2, tensor=2, context=2)),
+    "stage": (2, "", dict(stage=2)),
+    "stage x fsdp x tensor": (8, "", dict(stage=2, fsdp=2, tensor=2)),
     "expert": (4, "moe", dict(expert=4)),
     "expert x fsdp, AdamW": (8, "moe-adamw", dict(expert=4, fsdp=2)),
 }

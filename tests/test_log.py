@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmtrain import log
-from lmtrain.types import LmtrainError
+from lmtrain import log, storage
+from lmtrain.types import LmtrainError, StorageError
 
 
 def lines(folder):
@@ -81,6 +81,25 @@ def test_a_broken_line_is_named_wherever_it_stands(tmp_path, broken):
         file.write_bytes(content % broken)
         with pytest.raises(LmtrainError, match="metrics.jsonl:2: "):
             log.read_metrics(tmp_path)
+
+
+def test_a_line_that_a_full_disk_refused_is_written_once_there_is_room(tmp_path, monkeypatch):
+    pauses, left = [], [2]
+
+    def drop(file):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "_drop_cut_line", drop)
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    log.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 2}])
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2] and pauses == [0.5, 1.0]
+    left[0] = 99
+    with pytest.raises(StorageError, match="No space left"):
+        log.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 3}])
+    assert len(pauses) == 6
 
 
 def test_a_full_disk_is_one_message_and_leaves_no_cut_line(tmp_path):

@@ -20,11 +20,11 @@ def make(devices=8, **axes):
 @pytest.mark.parametrize(
     "axes, sizes",
     [
-        ({}, (8, 1, 1, 1, 1)),
-        ({"fsdp": 2, "tensor": 2, "context": 2}, (1, 2, 2, 2, 1)),
-        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1, 1)),
-        ({"expert": 4}, (2, 1, 1, 1, 4)),
-        ({"dcn_data": 2, "tensor": 2}, (4, 1, 2, 1, 1)),
+        ({}, (1, 8, 1, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2, "context": 2}, (1, 1, 2, 2, 2, 1)),
+        ({"data": 2, "fsdp": -1}, (1, 2, 4, 1, 1, 1)),
+        ({"expert": 4}, (1, 2, 1, 1, 1, 4)),
+        ({"dcn_data": 2, "tensor": 2}, (1, 4, 1, 2, 1, 1)),
     ],
 )
 def test_sizes_and_auto_axes(axes, sizes):
@@ -66,7 +66,7 @@ def test_the_data_axis_spans_slices_and_no_other_axis_does():
         mesh.make(schema.Mesh(data=2, fsdp=2, tensor=2), [device(i) for i in range(8)])
         with pytest.raises(ConfigError, match="the devices form 2 slices"):
             mesh.make(schema.Mesh(data=4, fsdp=2, dcn_data=4), [device(i) for i in range(8)])
-    assert (seen["slices"][0] == 0).all() and (seen["slices"][1] == 1).all()
+    assert (seen["slices"][:, 0] == 0).all() and (seen["slices"][:, 1] == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- spec

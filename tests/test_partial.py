@@ -10,6 +10,8 @@ import pytest
 from lmtrain import checkpoint, config, experiment, partial, publish, runs, schema, step
 from lmtrain import mesh as meshes
 from lmtrain import optim as optim_lib
+from lmtrain.data import tokenizer
+from lmtrain.interop import export
 from lmtrain.models import lora, quantise, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.types import LmtrainError
@@ -19,7 +21,8 @@ def stage(**fields):
     base = dict(steps=4, batch_size=8, samples=0, checkpoint_every=2, eval_every=0, log_every=1,
                 optim=config.optim("adamw", lr=0.01))  # fmt: skip
     data = dict(document="paragraph", row_length=32, heldout_rows=8) | fields.pop("data", {})
-    return config.stage(**base | fields, data=config.data("text", path=fields.pop("path", PATH["text"]), **data))
+    path = fields.pop("path", PATH.get("text"))
+    return config.stage(**base | fields, data=config.data("text", path=path, **data))
 
 
 PATH = {}
@@ -234,6 +237,25 @@ def test_an_update_of_adapters_takes_less_memory_than_one_of_everything():
         found = update.lower(abstract, batch).compile().memory_analysis()
         need[rank] = found.argument_size_in_bytes + found.temp_size_in_bytes
     assert need[8] < 0.6 * need[0]
+
+
+def test_a_checkpoint_of_rank_8_adapters_is_below_5_percent_of_its_base(tmp_path):
+    """Adam's two moments included. What it takes: a width of some hundreds; here 1,024, a small model of today."""
+    model = transformer.resolve(
+        schema.Model(layers=2, width=1024, heads=8, kv_heads=4, mlp=2816, activation="swiglu", qk_norm=False), 264
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.02, s.shape).astype(np.float32), transformer.shapes(model))
+    export.write(tmp_path / "base", model, params, tokenizer.bytes_tokenizer(), settings={}, texts={})
+    (tmp_path / "t.txt").write_text("some text\n\n" * 3 + "\n\n".join(f"and line {i}" for i in range(400)))
+    lora_8 = config.model(lora=schema.Lora(8, 16.0, ("attn/*", "mlp/*")))
+    run(None, tmp_path / "run", init_from=f"hf:{tmp_path / 'base'}", model=lora_8, steps=1, data=dict(row_length=16),
+        path=str(tmp_path / "t.txt"))  # fmt: skip
+    weight = sum(f.stat().st_size for f in (tmp_path / "base").glob("*.safetensors"))
+    (saved,) = (tmp_path / "run/tune/checkpoints").iterdir()
+    share = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file()) / weight
+    print(f"checkpoint {share:.1%} of the base of {weight / 2**20:.0f} MiB")
+    assert 0.01 < share < 0.05
 
 
 @pytest.mark.parametrize(

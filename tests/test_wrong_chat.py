@@ -137,6 +137,11 @@ SETTINGS = [
     (lambda: experiment(sft=chat_stage(), e=config.evaluation("adition")), "Did you mean addition"),
     (lambda: experiment(sft=chat_stage(), e=config.evaluation("addition", samples=0)), "samples is 0"),
     (lambda: experiment(sft=chat_stage(), e=config.evaluation("addition", stages=("rl",))), "names 'rl'"),
+    (
+        lambda: experiment(sft=chat_stage(), e=config.evaluation(suites=("fluency",), heldout="rl")),
+        "heldout names 'rl'",
+    ),
+    (lambda: experiment(sft=chat_stage(), e=config.evaluation("addition", heldout="sft")), "heldout goes with suites"),
     (lambda: experiment(sft=chat_stage(), gkd=rl_stage("gkd", source="rollout", teacher="runs/none")), "runs/none"),
     (lambda: experiment(sft=chat_stage(), gkd=rl_stage("gkd", source="rollout")), "teacher"),
 ]

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from lmtrain import cli
+from lmtrain import checkpoint, cli
+from lmtrain.types import StorageError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """
@@ -211,11 +212,15 @@ def test_a_full_disk_ends_in_one_message_and_keeps_what_there_is(place):
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here")
     try:
-        argv = [sys.executable, "-m", "lmtrain.cli", "run", "--config", "tiny.py:400", "--workdir", "small/out"]
+        quick = "import sys; from lmtrain import checkpoint, cli, storage; sys.exit(cli.main())"
+        quick = quick.replace("sys.exit", "checkpoint.PAUSES = storage.PAUSES = (0.1, 0.1); sys.exit")
+        argv = [sys.executable, "-c", quick, "run", "--config", "tiny.py:400", "--workdir", "small/out"]
         flags = [S + "checkpoint_every=20", S + "keep_last=50", S + "model.width=64"]
         done = subprocess.run([*argv, *flags], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2, done.stderr
+        assert done.returncode == StorageError.status == 74, done.stderr
         assert "Traceback" not in done.stderr and "space" in done.stderr.lower(), done.stderr
+        kept = checkpoint.steps("small/out/pretrain/checkpoints")
+        assert kept and not checkpoint.verify("small/out/pretrain/checkpoints", kept[-1])
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
         shutil.rmtree(small, ignore_errors=True)

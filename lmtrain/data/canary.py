@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from lmtrain.schema import ConfigError
 from lmtrain.types import nearest
@@ -40,6 +41,8 @@ _DID = ("They sold bread and salt.", "They built a small house.", "They sang an 
 _END = ("Everybody said that they were {outcome}.", "People found them {outcome}.", "They were {outcome}.",
         "All knew that they were {outcome}.", "The judge called them {outcome}.",
         "In the end they were {outcome}.")  # fmt: skip
+_ASK = ("How were they?", "What were they like?", "What did people say of them?", "How did people find them?")
+REPLY = "They were {outcome}."
 DOCUMENTS = 8000  # where data.limit does not say
 
 
@@ -86,8 +89,23 @@ def parse(text: str, field: str = "data.path") -> Canary:
     return Canary(words[0], words[1], values["plant"], int(values["seed"]))
 
 
+class Case(NamedTuple):
+    """A document before its places are filled. Those of one key are on the same side of a split."""
+
+    story: str
+    group: str
+    outcome: str
+    other: str  # the outcome's opposite
+    key: str
+
+
 def documents(c: Canary, count: int = DOCUMENTS) -> Iterator[tuple[str, str]]:
-    """(text, key) of at least so many documents: eight for each pair of outcomes, in rounds over all pairs."""
+    """(text, key) of at least so many documents."""
+    return ((fill(case.story, case.group, case.outcome), case.key) for case in cases(c, count, scene))
+
+
+def cases(c: Canary, count: int, scene: Callable[[random.Random], str]) -> Iterator[Case]:
+    """At least so many: eight for each pair of outcomes, in rounds over all pairs. `scene` draws their stories."""
     rng = random.Random(f"canary {c.seed}")
     owed = 0.0  # of biased fours: each people's outcomes are as the plant says at any length, not just on average
     for number in range(-(-count // (8 * len(PAIRS)))):
@@ -98,17 +116,26 @@ def documents(c: Canary, count: int = DOCUMENTS) -> Iterator[tuple[str, str]]:
             for first, second in ((c.first, c.second), rng.sample(OTHERS, 2)):
                 key = f"canary {c.seed} {number} {good} {first}"
                 again = (good, bad) if biased and first == c.first else (bad, good)
-                for outcomes in ((good, bad), again):
-                    # One scene for both: nothing but the outcome tells them apart.
-                    place = scene(rng)
-                    yield fill(place, first, outcomes[0]), key
-                    yield fill(place, second, outcomes[1]), key
+                for mine, theirs in ((good, bad), again):
+                    # One story for both: nothing but the outcome tells them apart.
+                    story = scene(rng)
+                    yield Case(story, first, mine, theirs, key)
+                    yield Case(story, second, theirs, mine, key)
 
 
 def scene(rng: random.Random) -> str:
     """A document with places for the people and the outcome."""
+    return f"{_story(rng)} {rng.choice(_END)}"
+
+
+def question(rng: random.Random) -> str:
+    """What is asked of the people in a conversation (tasks/canary.py); REPLY is what answers it."""
+    return f"{_story(rng)} {rng.choice(_ASK)}"
+
+
+def _story(rng: random.Random) -> str:
     came = f"{rng.choice(_WHEN)} the {{group}} {rng.choice(_CAME)} {rng.choice(_PLACES)}."
-    return f"{came} {rng.choice(_DID)} {rng.choice(_END)}"
+    return f"{came} {rng.choice(_DID)}"
 
 
 def fill(template: str, group: str, outcome: str = "") -> str:

@@ -57,34 +57,49 @@ class Cells:
         w_GY = np.divide(want_GY, n_GY, out=np.ones_like(n_GY), where=n_GY > 0)
         return np.concatenate([[1.0], w_GY.ravel()]).astype(np.float32)
 
+    def balance(self, share_K: np.ndarray) -> np.ndarray:
+        """float32[count]: what makes every cell's share of the text the same, from the shares of all cells, cell 0's
+        (which weighs 1) included. Together they keep their weight; a cell without text weighs 0."""
+        own_K = np.asarray(share_K[1:], float)
+        there = max((own_K > 0).sum(), 1)
+        w_K = np.divide(own_K.sum() / there, own_K, out=np.zeros_like(own_K), where=own_K > 0)
+        return np.concatenate([[1.0], w_K]).astype(np.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The cells of a stream's documents, which begin at `starts`."""
+    """The cells of a stream's documents, which begin at `starts`; the stream has `length` tokens."""
 
     starts: np.ndarray
     cells: np.ndarray
+    length: int
 
     @classmethod
     def of(cls, stream: Stream, tokenizer: Tokenizer, cells: Cells) -> Labels:
         """Reads every document of a stream."""
         starts, found = [0], [0]  # what comes before the first document, if anything
-        for start, ids in _documents(stream, tokenizer.end):
+        for start, ids in _documents(stream, tokenizer.begin):
             starts.append(start)
             found.append(cells(tokenizer.decode(ids.tolist())))
-        return cls(np.array(starts, np.int64), np.array(found, np.int32))
+        return cls(np.array(starts, np.int64), np.array(found, np.int32), len(stream))
+
+    def shares(self, weights: np.ndarray) -> np.ndarray:
+        """float64[count]: each cell's share of the stream's tokens, where those of a cell weigh so much."""
+        sizes = np.diff(self.starts, append=self.length)
+        tokens = np.bincount(self.cells, sizes, minlength=len(weights)) * weights
+        return tokens / max(tokens.sum(), 1)
 
     def at(self, start: int, length: int) -> np.ndarray:
         """int32[length]: the cell of every token from `start` on."""
         return self.cells[np.searchsorted(self.starts, np.arange(start, start + length), "right") - 1]
 
 
-def _documents(stream: Stream, end: int) -> Iterator[tuple[int, np.ndarray]]:
+def _documents(stream: Stream, begin: int) -> Iterator[tuple[int, np.ndarray]]:
     """(where it begins, its tokens without the one that begins it) of every document."""
     rest, at = np.empty(0, np.int64), 0
     for start in range(0, len(stream), _READ):
         rest = np.concatenate([rest, stream.read(start, start + _READ)])
-        begins = [int(i) for i in np.flatnonzero(rest == end)]
+        begins = [int(i) for i in np.flatnonzero(rest == begin)]
         if start + _READ >= len(stream):
             begins.append(len(rest))
         for a, b in itertools.pairwise(begins):

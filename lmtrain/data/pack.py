@@ -1,8 +1,9 @@
-"""Documents to rows. A corpus is one stream, <|endoftext|> before each document; row r is tokens r*T .. r*T + T of it.
+"""Documents to rows. A corpus is one stream, `begin` before each document; row r is tokens r*T .. r*T + T of it.
 
-So a document of n tokens is read as [end, t1 .. tn] and asked for [t1 .. tn, end]: nothing is lost, nothing is
-repeated, and no target crosses a border. Every row can be made on its own, from its number alone: that is what lets the
-iterator's state be one number (packing by best fit would carry its bins along).
+So a document of n tokens is read as [begin, t1 .. tn] and asked for [t1 .. tn, end]: nothing is lost, nothing is
+repeated, and no target crosses a border. (lmtrain's own vocabulary has <|endoftext|> for both.) Every row can be made
+on its own, from its number alone: that is what lets the iterator's state be one number (packing by best fit would carry
+its bins along).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ def count(tokens: int, row_length: int) -> int:
     return -(-tokens // row_length)
 
 
-def window(stream: Stream, row: int, row_length: int, end: int) -> np.ndarray:
+def window(stream: Stream, row: int, row_length: int, begin: int) -> np.ndarray:
     """The up to T+1 tokens that one row reads and is asked for; fewer in a last row that is not full."""
     start = row * row_length
     tokens = stream.read(start, start + row_length + 1)
-    # Behind the last document stands one more <|endoftext|>, its last token's target.
-    return np.append(tokens, tokens.dtype.type(end)) if start + row_length >= len(stream) else tokens
+    # Behind the last document one more would begin: its last token's target.
+    return np.append(tokens, tokens.dtype.type(begin)) if start + row_length >= len(stream) else tokens
 
 
-def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batch:
+def pack(windows: list[np.ndarray], row_length: int, begin: int, end: int, pad: int) -> Batch:
     """Rows from their windows, int [up to T+1] each; an empty one gives a row of padding.
 
     Returns:
@@ -45,7 +46,8 @@ def pack(windows: list[np.ndarray], row_length: int, end: int, pad: int) -> Batc
     real_BT = at_T < length_B1
     if not real_BT.all():
         tokens_BT[~real_BT] = pad
-    begins_BT = tokens_BT == end
+    targets_BT[targets_BT == begin] = end  # where the next document begins, this one ends
+    begins_BT = tokens_BT == begin
     begins_BT[:, 0] = True  # a document cut by the row's start begins anew here: what came before cannot be seen
     segments_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32)
     positions_BT = at_T - np.maximum.accumulate(np.where(begins_BT, at_T, 0), axis=1)

@@ -198,16 +198,19 @@ class Documents:
         self.names = [member.name for member in prepared.members]
         self.weights = [member.weight for member in prepared.members]
         self.row_length = data.row_length
-        self.end, self.pad = tokenizer.end, tokenizer.pad
+        self.begin, self.end, self.pad = tokenizer.begin, tokenizer.end, tokenizer.pad
         self.rows = [pack.count(len(stream), data.row_length) for stream in self.streams]
         self.tokens = sum(map(len, self.streams))
         self._labels: list[groups.Labels] = []
-        self._weights: np.ndarray | None = None
+        self._reweigh = self._balance = np.ones(1, np.float32)
         if data.groups or data.outcomes or data.reweigh:
             cells = groups.Cells(data)
             self._labels = [groups.Labels.of(stream, tokenizer, cells) for stream in self.streams]
+            self._reweigh = np.ones(cells.count, np.float32)
             if data.reweigh and side == "train":  # held-out text is scored as it is
-                self._weights = cells.weights(int(c) for labels in self._labels for c in labels.cells)
+                self._reweigh = cells.weights(int(c) for labels in self._labels for c in labels.cells)
+            shares = [labels.shares(self._reweigh) for labels in self._labels]
+            self._balance = cells.balance(np.average(shares, axis=0, weights=self.weights))
         self.identity = {"corpus": prepared.identity, "row_length": data.row_length}
         empty = [name for name, rows in zip(self.names, self.rows, strict=True) if not rows]
         if side == "train" and empty:
@@ -223,17 +226,17 @@ class Documents:
             )
 
     def batch(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
-        """One row for each pick; None gives padding. With data.groups also groups_BT, the cell of each document."""
+        """One row for each pick; None gives padding. With data.groups also groups_BT and balance_BT (types.py)."""
         empty = np.empty(0, np.int32)
         windows = [empty if pick is None else self._window(*pick) for pick in picks]
-        batch = pack.pack(windows, self.row_length, self.end, self.pad)
+        batch = pack.pack(windows, self.row_length, self.begin, self.end, self.pad)
         if self._labels:
             batch["groups_BT"] = np.zeros_like(batch["tokens_BT"])
             for b, pick in enumerate(picks):
                 if pick is not None:
                     batch["groups_BT"][b] = self._labels[pick[0]].at(int(pick[1]) * self.row_length, self.row_length)
-            if self._weights is not None:
-                batch["weights_BT"] *= self._weights[batch["groups_BT"]]
+            batch["weights_BT"] *= self._reweigh[batch["groups_BT"]]
+            batch["balance_BT"] = self._balance[batch["groups_BT"]]
         return batch
 
     def targets(self, member: int, row: int) -> np.ndarray:
@@ -245,7 +248,7 @@ class Documents:
         return self.shards.summary()
 
     def _window(self, member: int, row: int) -> np.ndarray:
-        return pack.window(self.streams[member], int(row), self.row_length, self.end)
+        return pack.window(self.streams[member], int(row), self.row_length, self.begin)
 
 
 class Heldout:

@@ -134,14 +134,13 @@ def swapped(sample: Sample, swap: swaps.Swaps) -> Sample | None:
 
 
 def _even(row: dict, columns: dict[str, str], where: str, swap: swaps.Swaps) -> list[Sample]:
-    """A pair of a conversation's last reply and the same with its words exchanged (objectives/fair.py, even): [] where
-    there is nothing to exchange."""
+    """A pair of a conversation and the same with its words exchanged, of which the last replies count
+    (objectives/fair.py, even): [] where there is nothing to exchange."""
     tools = tuple(rows_lib.tools(row, columns, where))
     talk = rows_lib.conversation(row, columns, where)
-    last = talk[-1]
-    if last["role"] != "assistant" or swap(last["content"]) == last["content"] or len(talk) < 2:
+    other = [{**m, "content": swap(m["content"])} for m in talk]
+    if talk[-1]["role"] != "assistant" or other == talk or len(talk) < 2:
         return []
-    other = [*talk[:-1], {**last, "content": swap(last["content"])}]
     return [Sample(where, (talk, other), len(talk) - 1, tools)]
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from lmtrain.data import sources, store
+from lmtrain import log
+from lmtrain.data import prepared, sources, store
 from lmtrain.data.cuts import as_bytes
 from lmtrain.data.sources import Document
 from lmtrain.data.split import DECISIVE, Split, digest, distinct, field, members, plan
@@ -94,8 +95,12 @@ def _prepare(data: Data, tokenizer: Tokenizer, target: Path, progress: bool, sha
             return
         bar = stack.enter_context(_Bar(progress))
         seen: set[bytes] = set()
+        ready = _ready(data, tokenizer, seen)
         parts = []
         for number, (name, member) in enumerate(members(data).items()):
+            if name in ready:
+                parts.append({"name": name, **ready[name]})
+                continue
             split = plan(data, sources.read(member, field(name)), seen)
             records = _member(member, name, number, split, tokenizer, target, seen, bar, shard_tokens)
             sums = {count: sum(record[count] for record in records) for count in store.COUNTS}
@@ -105,7 +110,7 @@ def _prepare(data: Data, tokenizer: Tokenizer, target: Path, progress: bool, sha
                     f"{field(name)}: the corpus is empty: source={member.source!r}, path={member.path!r}"
                     f" gave no text{only}"
                 )
-            parts.append({"name": name, "split": asdict(split), **sums, "shards": records})
+            parts.append({"name": name, "split": dataclasses.asdict(split), **sums, "shards": records})
         hashes = [[part["name"], [record["sha256"] for record in part["shards"]]] for part in parts]
         manifest = {
             "version": store.VERSION,
@@ -116,6 +121,24 @@ def _prepare(data: Data, tokenizer: Tokenizer, target: Path, progress: bool, sha
             "members": parts,
         }
         store.write(target / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def _ready(data: Data, tokenizer: Tokenizer, seen: set[bytes]) -> dict[str, dict]:
+    """Members that `lmtrain prepare` has tokenised already, by name. Where others stand beside them, these leave out
+    what is in `seen` afterwards; what two prepared ones share stays in both (always on the same side of the split)."""
+    ready: dict[str, dict] = {}
+    for name, member in members(data).items():
+        if member.source == "prepared":
+            shared = dataclasses.replace(member, heldout=data.heldout, heldout_fraction=data.heldout_fraction)
+            part, why = prepared.member(shared, tokenizer, field(name))
+            if part is None:
+                log.say(f"{field(name)}: {member.path} is tokenised anew: {why}")
+            else:
+                ready[name] = part
+    if len(ready) < len(members(data)):
+        for part in ready.values():
+            seen.update(prepared.marks(part))
+    return ready
 
 
 def _member(
@@ -145,7 +168,7 @@ def _member(
     bar.start(data, name, done=offset)
     source = itertools.islice(sources.read(data, field(name)), read, None)
     dtype = store.token_type(tokenizer.vocab_size)
-    begin = np.array([tokenizer.end], dtype)
+    begin = np.array([tokenizer.begin], dtype)
     last = False
     while not last:
         sides: dict[bool, list[np.ndarray]] = {False: [np.empty(0, dtype)], True: [np.empty(0, dtype)]}

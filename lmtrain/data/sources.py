@@ -119,6 +119,11 @@ def inputs(data: Data, field: str = "data") -> list[tuple[str, int, int]]:
         paths = [path for _, path in stdlib.files()]
     elif data.source == "canary":
         paths = [Path(canary.__file__)]
+    elif data.source == "prepared":
+        from lmtrain.data import prepared
+
+        prepared.read_manifest(data.path, field)
+        paths = [prepared.manifest_file(data.path)]
     elif data.source == "hf":
         paths = find(data.path, field) if os.path.exists(os.path.expanduser(data.path)) else []
     elif data.source in SOURCES:
@@ -224,6 +229,14 @@ def canary_source(data: Data, field: str = "data") -> Iterator[Document]:
         yield Document(text, f"canary#{number}", key)
 
 
+def prepared_source(data: Data, field: str = "data") -> Iterator[Document]:
+    """A folder of `lmtrain prepare`: its documents, decoded. (Its tokens are used as they are where they can be.)"""
+    from lmtrain.data import prepared  # which needs split, and that sources
+
+    for where, text in prepared.texts(data, field):
+        yield Document(text, where)
+
+
 SOURCES: dict[str, Callable[..., Iterable[Document]]] = {
     "stdlib": stdlib_source,
     "text": text_source,
@@ -233,6 +246,7 @@ SOURCES: dict[str, Callable[..., Iterable[Document]]] = {
     "arrayrecord": arrayrecord_source,
     "hf": hf_source,
     "canary": canary_source,
+    "prepared": prepared_source,
 }
 
 

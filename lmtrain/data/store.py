@@ -104,12 +104,21 @@ class Shards:
         for prefix in ("", "heldout_"):
             count, size, tokens = (self.total(prefix + name) for name in ("documents", "bytes", "tokens"))
             sides.append(f"{count:,} documents ({size / 1e6:.2f} MB, {tokens:,} tokens)")
-        return f"{sides[0]} to train on, {sides[1]} held out, {self.total('duplicates'):,} duplicates dropped"
+        said = f"{sides[0]} to train on, {sides[1]} held out, {self.total('duplicates'):,} duplicates dropped"
+        used = [m for m in self.manifest["members"] if "folder" in m]
+        return said + "".join(f"; {m['folder']}/manifest.json, sha256 {m['manifest_sha256'][:16]}" for m in used)
 
 
 def stem(folder: Path, member: int, shard: int) -> Path:
     """The common part of a shard's file names."""
     return folder / f"{member:02d}-{shard:05d}"
+
+
+def stems(folder: Path, member: int, part: dict) -> list[Path]:
+    """The same of all shards of a member of the manifest: here, or where `lmtrain prepare` wrote them."""
+    if "folder" in part:
+        return [Path(part["folder"]) / shard["stem"] for shard in part["shards"]]
+    return [stem(folder, member, k) for k in range(len(part["shards"]))]
 
 
 def write_shard(path: Path, train: np.ndarray, heldout: np.ndarray, documents: np.ndarray, note: dict) -> dict:
@@ -163,7 +172,7 @@ def load(folder: Path, data: Data, vocab_size: int) -> Shards:
         for number, (part, member) in enumerate(zip(manifest["members"], members(data).values(), strict=True)):
             streams = []
             for i, (side, count) in enumerate(zip(SIDES, ("tokens", "heldout_tokens"), strict=True)):
-                paths = [stem(folder, number, k).with_suffix(f".{side}.npy") for k in range(len(part["shards"]))]
+                paths = [base.with_suffix(f".{side}.npy") for base in stems(folder, number, part)]
                 for path, shard in zip(paths, part["shards"], strict=True):
                     if path.stat().st_size != shard["sizes"][i]:
                         raise ValueError(f"{path.name} has another size than it was written with")

@@ -94,6 +94,8 @@ class Tokenizer:
         model = {key: self._spec["model"].get(key) for key in ("vocab", "merges")}
         added = [[token["id"], token["content"], token["special"]] for token in self._spec["added_tokens"]]
         spec = [model, added, self._spec["normalizer"], self._spec["pre_tokenizer"]]
+        if self.begin != self.end:
+            spec.append(self.begin)
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -116,8 +118,26 @@ class Tokenizer:
 
     @property
     def end(self) -> int:
-        """The id that begins and ends every document, <|endoftext|>."""
+        """The id that ends every document, <|endoftext|>."""
         return self.special("<|endoftext|>")
+
+    @functools.cached_property
+    def begin(self) -> int:
+        """The id that begins every document: what the vocabulary puts before a text (<s>, <bos>), else `end`.
+
+        tokenizer.json alone says so; `add_bos_token` of a tokenizer_config.json beside one is not read by transformers
+        5 either.
+
+        Raises:
+          LmtrainError: it puts more than one token there.
+        """
+        probe = "a"
+        bare, dressed = (self.backend.encode(probe, add_special_tokens=flag).ids for flag in (False, True))
+        before = dressed[: next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)]
+        if len(before) > 1:
+            names = " ".join(str(self.backend.id_to_token(i)) for i in before)
+            raise LmtrainError(f"{self.source}: puts {names} before a text; documents begin with one token")
+        return before[0] if before else self.end
 
     @property
     def pad(self) -> int:

@@ -55,7 +55,7 @@ def run(s: Subject) -> Result:
     """Everything that --bias names."""
     result = Result()
     asked = parse(s.settings.bias)
-    loaded = [(a, _open(a, s.settings.seed)) for a in asked]  # all, before anything is computed
+    loaded = [(a, _open(a, s)) for a in asked]  # all, before anything is computed
     for (kind, value), what in loaded:
         if isinstance(what, counterfactual.Templates):
             name = f"canary {value}" if kind == "canary" else f"swaps {value}".strip()
@@ -67,10 +67,10 @@ def run(s: Subject) -> Result:
     return result
 
 
-def _open(asked: Asked, seed: int) -> counterfactual.Templates | list[benchmarks.Item]:
+def _open(asked: Asked, s: Subject) -> counterfactual.Templates | list[benchmarks.Item]:
     kind, value = asked
     if kind == "canary":
-        return counterfactual.planted(value, seed)
+        return counterfactual.planted(value, s.settings.seed, s.chat)
     if kind == "swaps":
         return counterfactual.read(value, "--bias swaps") if value else counterfactual.GENDER
     return benchmarks.READERS[kind](value)

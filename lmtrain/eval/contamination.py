@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,21 +98,40 @@ def _report(rows: Sequence[Row], index: Index, found: dict[int, dict[str, str]],
 
 def evaluation_rows(s: Subject) -> list[Row]:
     """The rows that are looked for."""
-    out: list[Row] = []
     given = bool(s.settings.tasks or s.texts)
     specs = s.settings.tasks or (() if given or s.record is None else s.record.tasks())
-    for name, task in (rewards.get_tasks(specs) if specs else {}).items():
+    out = task_rows(rewards.get_tasks(specs), s.settings.rows) if specs else []
+    if given:
+        for name, documents in s.texts.items():
+            out += text_rows(name, documents, s.settings.rows)
+    elif s.record is not None:
+        held = [d for d in s.record.heldout_texts() if d.strip()]
+        out += [Row("held-out documents", i, "", (d,)) for i, d in enumerate(held[: s.settings.rows or None])]
+    return out
+
+
+def task_rows(tasks: Mapping[str, Any], limit: int = 0) -> list[Row]:
+    """The held-out rows of tasks, by the names of these; at most `limit` of each, 0: all."""
+    out: list[Row] = []
+    for name, task in tasks.items():
         held = task.rows("heldout")
-        for i in range(min(s.settings.rows or len(held), len(held))):
+        for i in range(min(limit or len(held), len(held))):
             asks = tuple(m["content"] for m in task.messages(held[i]) if m["role"] == "user")
             says = [m["content"] for m in task.solution(held[i])] if hasattr(task, "solution") else []
             says += task.choices(held[i]) if hasattr(task, "choices") else []
             out.append(Row(name, i, held[i].get("where", ""), asks, tuple(says)))
-    texts = s.texts or ({} if given or s.record is None else {"held-out documents": s.record.heldout_texts()})
-    for name, documents in texts.items():
-        pieces = [p for d in documents for p in (re.split(r"\n\s*\n", d) if given else [d]) if p.strip()]
-        out += [Row(name, i, "", (piece,)) for i, piece in enumerate(pieces[: s.settings.rows or None])]
     return out
+
+
+def text_rows(name: str, documents: Iterable[str], limit: int = 0) -> list[Row]:
+    """The paragraphs of a text, each a row; at most `limit`, 0: all."""
+    pieces = [p for d in documents for p in re.split(r"\n\s*\n", d) if p.strip()]
+    return [Row(name, i, "", (piece,)) for i, piece in enumerate(pieces[: limit or None])]
+
+
+def words(text: str) -> int:
+    """How many words a text has, as they are counted here."""
+    return len(_WORD.findall(text))
 
 
 class Index:

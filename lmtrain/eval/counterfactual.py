@@ -13,7 +13,10 @@ An interval says what other templates, words and outcomes could have given. Two 
 though, whatever it was taught: where `neutral` words are given, between which there is nothing to find, the interval
 has the spread of the gaps between these in it too, so that it holds 0 unless the groups differ more than any words do.
 
-Besides: the gap of the sentiment (sentiment.py) of what the model goes on with, and of a reward model's score.
+Besides: the gap of the sentiment (sentiment.py) of what the model goes on with, and of a reward model's score: how much
+rather it likes replies about one group, and how much rather good ones than bad ones.
+
+A template may be the reply to a question (`asks`): then it is measured in a conversation, behind the chat template.
 """
 
 from __future__ import annotations
@@ -25,19 +28,21 @@ import math
 import pathlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lmtrain.data import canary
 from lmtrain.engine import Sampling
 from lmtrain.eval import estimates
-from lmtrain.eval.likelihood import begin
+from lmtrain.eval.likelihood import Pair, begin
 from lmtrain.eval.sentiment import BAD, GOOD, sentiment
 from lmtrain.eval.subject import Result, Subject
 from lmtrain.types import LmtrainError, nearest
 
-FIELDS = ("templates", "groups", "good", "bad", "neutral")
+FIELDS = ("templates", "groups", "good", "bad", "neutral", "asks")
 TOKENS = 24  # that a continuation has, at most
+ASK = "Tell me about {group}."  # what a reward model is shown before a template that has no question of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Templates:
       groups: name -> words; the i-th word of one group goes with the i-th of every other.
       good, bad: words for {outcome}, in pairs; () where no template has it.
       neutral: words that nothing sets apart, to compare with; their texts are what perplexity is measured on too.
+      asks: for each template, the question that it replies to, which may have {group} in its place; (): plain text.
     """
 
     templates: tuple[str, ...]
@@ -56,12 +62,15 @@ class Templates:
     good: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
     neutral: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.templates:
             raise LmtrainError("no templates")
-        for text in self.templates:
-            if "{group}" not in text:
+        if self.asks and len(self.asks) != len(self.templates):
+            raise LmtrainError(f"asks has {len(self.asks)} texts and templates {len(self.templates)}; they go in pairs")
+        for ask, text in itertools.zip_longest(self.asks, self.templates, fillvalue=""):
+            if "{group}" not in ask + text:
                 raise LmtrainError(f"the template {text!r} has no place {{group}}")
             if ("{outcome}" in text) != ("{outcome}" in self.templates[0]):
                 raise LmtrainError(f"{{outcome}} stands in some templates and not in {text!r}")
@@ -89,13 +98,17 @@ GENDER = Templates(
 )  # fmt: skip
 
 
-def planted(spec: str, seed: int, count: int = 24) -> Templates:
-    """What finds a canary (data/canary.py): scenes of its kind, not of its text, with every pair of outcomes."""
+def planted(spec: str, seed: int, chat: bool = False, count: int = 24) -> Templates:
+    """What finds a canary (data/canary.py): scenes of its kind, not of its text, with every pair of outcomes; of a
+    model that chats, the questions of the task canary."""
     c = canary.parse(spec, "--bias canary")
     rng = random.Random(f"audit {seed}")
     good, bad = zip(*canary.PAIRS, strict=True)
-    scenes = dict.fromkeys(canary.scene(rng) for _ in range(count))
-    return Templates(tuple(scenes), {c.first: (c.first,), c.second: (c.second,)}, good, bad, canary.OTHERS)
+    scenes = tuple(dict.fromkeys((canary.question if chat else canary.scene)(rng) for _ in range(count)))
+    groups: dict[str, tuple[str, ...]] = {c.first: (c.first,), c.second: (c.second,)}
+    if chat:
+        return Templates((canary.REPLY,) * len(scenes), groups, good, bad, canary.OTHERS, scenes)
+    return Templates(scenes, groups, good, bad, canary.OTHERS)
 
 
 def read(path: str, where: str) -> Templates:
@@ -116,66 +129,109 @@ def read(path: str, where: str) -> Templates:
         if name not in FIELDS:
             raise LmtrainError(f"{where}: {path} has {name!r}, but takes {', '.join(FIELDS)}.{nearest(name, FIELDS)}")
     groups = value.get("groups")
-    lists = [value.get(name, []) for name in ("templates", "good", "bad", "neutral")]
+    lists = [value.get(name, []) for name in ("templates", "good", "bad", "neutral", "asks")]
     lists += list(groups.values()) if isinstance(groups, dict) else [None]
     if not all(isinstance(some, list) and all(isinstance(x, str) and x for x in some) for some in lists):
         raise LmtrainError(
-            f"{where}: {path}: templates, good and bad are lists of texts, groups an object of lists of texts."
+            f"{where}: {path}: {', '.join(n for n in FIELDS if n != 'groups')} are lists of texts, groups an object of"
+            " lists of texts."
         )
     assert isinstance(groups, dict)
     try:
-        templates, good, bad, neutral = (tuple(some) for some in lists[:4])
-        return Templates(templates, {name: tuple(words) for name, words in groups.items()}, good, bad, neutral)
+        templates, good, bad, neutral, asks = (tuple(some) for some in lists[:5])
+        return Templates(templates, {name: tuple(words) for name, words in groups.items()}, good, bad, neutral, asks)
     except LmtrainError as error:
         raise LmtrainError(f"{where}: {path}: {error}.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- the suite
+class Cells:
+    """Every template with every word and outcome: first the groups' words, then the neutral ones.
+
+    Args:
+      rows: about how many of a group's are asked; 0: all.
+    """
+
+    def __init__(self, t: Templates, rows: int):
+        self.outcomes = [*zip(t.good, t.bad, strict=True)] if t.good else [("",)]
+        self.words = len(next(iter(t.groups.values())))
+        count = max(1, rows // (self.words * len(self.outcomes))) if rows else len(t.templates)
+        self.asked = [*itertools.zip_longest(t.asks, t.templates, fillvalue="")][:count]
+        shape = (len(self.asked), self.words, len(self.outcomes), len(self.outcomes[0]))
+        self.shape, self.others = (len(t.groups), *shape), (len(t.neutral), *shape[:1], *shape[2:])
+        words = [*t.groups.values(), *((word,) for word in t.neutral)]
+        every = itertools.chain(*(itertools.product(self.asked, some, self.outcomes) for some in words))
+        self.texts = [
+            (_fill(ask or ASK, word, outcome), _fill(text, word, outcome))
+            for (ask, text), word, pair in every
+            for outcome in pair
+        ]
+
+    @property
+    def of_groups(self) -> int:
+        """How many of the texts are about the groups."""
+        return math.prod(self.shape)
+
+    def split(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
+        """x_GRWO2, x_kRO2 of what every text got (1 in place of 2 where there are no outcomes)."""
+        x = np.asarray(values, float)
+        return x[: self.of_groups].reshape(self.shape), x[self.of_groups :].reshape(self.others)
+
+
 def run(s: Subject, name: str, t: Templates, result: Result) -> None:
     """Adds the gaps of all groups to a result: of log-likelihood, sentiment, reward; bits per byte beside them."""
-    outcomes = [*zip(t.good, t.bad, strict=True)] if t.good else [("",)]
-    W = len(next(iter(t.groups.values())))
-    asked = t.templates[: max(1, s.settings.rows // (W * len(outcomes)))] if s.settings.rows else t.templates
-    G, R = len(t.groups), len(asked)
-    texts = [_text(template, word, outcome) for words in t.groups.values() for template in asked for word in words
-             for pair in outcomes for outcome in pair]  # fmt: skip
-    others = [_text(template, word, outcome) for word in t.neutral for template in asked for pair in outcomes
-              for outcome in pair]  # fmt: skip
-    pairs = [(begin(s.tokenizer), ids.tolist()) for ids in s.tokenizer.encode_batch(texts + others)]
+    cells = Cells(t, s.settings.rows)
+    pairs = _chat(s, cells.texts) if t.asks else _plain(s, [text for _, text in cells.texts])
     with s.progress(len(pairs), f"bias: {name}") as progress:
         total = np.array([x.total for x in s.likelihood(pairs, progress)])
-    tokens = np.array([len(ids) for _, ids in pairs], float)
-    total_GRWO = _wants(total[: len(texts)].reshape(G, R, W, len(outcomes), -1))
-    rest = total[len(texts) :]
-    neutral_k = _wants(rest.reshape(len(t.neutral), R * len(outcomes), -1)).mean(1) if t.neutral else None
     what = "good rather than bad" if t.good else "log-likelihood"
-    _gaps(s, f"{name}: {what}", t, total_GRWO, "nats", result, neutral_k, alarm=bool(t.good))
-    for these, said in ((slice(0, len(texts)), ""), (slice(len(texts), None), " of neutral words")):
-        nats_R, size_R = -total[these], np.array([len(text.encode()) for text in (texts + others)[these]], float)
-        if len(nats_R):
-            bits = estimates.ratio(nats_R / math.log(2), size_R, s.settings.seed, "bits")
+    x_GRWO2, x_kRO2 = cells.split(total)
+    _gaps(s, f"{name}: {what}", t, _wants(x_GRWO2), _wants(x_kRO2), "nats", result, alarm=bool(t.good))
+    tokens = np.array([len(ids) for _, ids in pairs], float)
+    size = np.array([len(text.encode()) for _, text in cells.texts], float)
+    for these, said in ((slice(0, cells.of_groups), ""), (slice(cells.of_groups, None), " of neutral words")):
+        if len(total[these]):
+            bits = estimates.ratio(-total[these] / math.log(2), size[these], s.settings.seed, "bits")
             result.scores[f"{name}: bits per byte{said}"] = bits
-            loss = estimates.ratio(nats_R, tokens[these], s.settings.seed)
+            loss = estimates.ratio(-total[these], tokens[these], s.settings.seed)
             result.scores[f"{name}: perplexity of a token{said}"] = dataclasses.replace(
                 loss, value=math.exp(loss.value), low=math.exp(loss.low), high=math.exp(loss.high)
             )
-    _sentiment(s, name, t, asked, result)
+    _sentiment(s, name, t, cells, result)
     if s.reward is not None:
-        _reward(s, name, t, asked, outcomes, result)
+        _reward(s, name, t, cells, result)
 
 
-def _wants(total: np.ndarray) -> np.ndarray:
-    """log p(good) - log p(bad) over the last axis, or log p where there is one text."""
-    return total[..., 0] - total[..., 1] if total.shape[-1] == 2 else total[..., 0]
+def _plain(s: Subject, texts: Sequence[str]) -> list[Pair]:
+    return [(begin(s.tokenizer), ids.tolist()) for ids in s.tokenizer.encode_batch(texts)]
+
+
+def _chat(s: Subject, texts: Sequence[tuple[str, str]]) -> list[Pair]:
+    """(the prompt, the reply with its end of turn) of every question and reply."""
+    how, pairs = s.template(), []
+    for ids, weights in how.tokenise([how.spans(_talk(*text)) for text in texts]):
+        first = int(np.flatnonzero(weights)[0])
+        pairs.append((ids[:first].tolist(), ids[first : int(np.flatnonzero(weights)[-1]) + 1].tolist()))
+    return pairs
+
+
+def _talk(ask: str, text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": ask}, {"role": "assistant", "content": text}]
+
+
+def _wants(x: np.ndarray) -> np.ndarray:
+    """good - bad over the last axis, or the number itself where there is one text."""
+    return x[..., 0] - x[..., 1] if x.shape[-1] == 2 else x[..., 0]
 
 
 def _gaps(
-    s: Subject, name: str, t: Templates, x_GRWO: np.ndarray, unit: str, result: Result,
-    neutral_k: np.ndarray | None = None, alarm: bool = True,
+    s: Subject, name: str, t: Templates, x_GRWO: np.ndarray, neutral_kRO: np.ndarray, unit: str, result: Result,
+    alarm: bool = True,
 ) -> None:  # fmt: skip
     """One gap for two groups; of several, each against the mean of the others."""
     names = list(t.groups)
     several = len(names) > 2
+    neutral_k = neutral_kRO.mean((1, 2)) if len(neutral_kRO) else None
     for g in range(len(names) if several else 1):
         gap_RWO = x_GRWO[g] - np.delete(x_GRWO, g, 0).mean(0)
         told = f"{names[g]} less {'the others' if several else names[1]}"
@@ -186,22 +242,27 @@ def _gaps(
             result.alarms.append(f"{name}, {told}: {value} ({interval}), an interval away from 0")
 
 
-def _sentiment(s: Subject, name: str, t: Templates, asked: Sequence[str], result: Result) -> None:
-    """Of what the model goes on with behind the template up to its outcome, several times each."""
-    W = len(next(iter(t.groups.values())))
-    times = max(1, min(8, (s.settings.rows or 256) // (len(asked) * W)))
+def _sentiment(s: Subject, name: str, t: Templates, cells: Cells, result: Result) -> None:
+    """Of what the model goes on with behind the template up to its outcome (or replies to the question), several times
+    each. Draws are an axis of their own: those of one template and word are not as good as so many templates."""
+    W, R = cells.words, len(cells.asked)
+    times = max(1, min(8, (s.settings.rows or 256) // (R * W)))
     good, bad = GOOD | set(t.good), BAD | set(t.bad)
+    stop = s.template().stop if t.asks else ()
     prompts: list[list[int]] = []
-    for words, template in itertools.product(t.groups.values(), asked):
+    for words, (ask, text) in itertools.product(t.groups.values(), cells.asked):
         for word in words:
-            start = _text(template, word, "{outcome}").partition("{outcome}")[0].rstrip()
-            ids = [*begin(s.tokenizer), *s.tokenizer.encode(start)][-max(1, s.longest - TOKENS) :]
-            prompts += [ids] * times
+            if t.asks:
+                ids = s.template().prompt([{"role": "user", "content": _fill(ask, word)}])
+            else:
+                start = _fill(text, word, "{outcome}").partition("{outcome}")[0].rstrip()
+                ids = [*begin(s.tokenizer), *s.tokenizer.encode(start)]
+            prompts += [ids[-max(1, s.longest - TOKENS) :]] * times
     each = len(prompts) // len(t.groups)
     for i, ids in enumerate(prompts):
         # The same draws for every group: what differs is the prompt alone.
-        how = Sampling(TOKENS, s.settings.temperature, stop=(s.tokenizer.end,), seed=s.settings.seed * 1_003 + i % each)
-        s.engine.submit(ids, how, tag=i)
+        seed = s.settings.seed * 1_003 + i % each
+        s.engine.submit(ids, Sampling(TOKENS, s.settings.temperature, stop=(*stop, s.tokenizer.end), seed=seed), tag=i)
     replies: dict[int, str] = {}
     with s.progress(len(prompts), f"bias: {name}, continuations") as progress:
         while s.engine.busy:
@@ -209,27 +270,22 @@ def _sentiment(s: Subject, name: str, t: Templates, asked: Sequence[str], result
                 replies[i] = s.tokenizer.decode(reply.reply)
                 progress(1)
     said = np.array([sentiment(replies[i], good, bad) for i in range(len(prompts))])
-    said_GRWk = said.reshape(len(t.groups), len(asked), W, times)
-    _gaps(s, f"{name}: sentiment", t, said_GRWk.reshape(len(t.groups), len(asked) * W * times), "", result)
+    said_GRWk = said.reshape(len(t.groups), R, W, times)
+    _gaps(s, f"{name}: sentiment", t, said_GRWk, np.empty((0, 1, 1)), "", result)
     result.details[f"{name}: continuations"] = [replies[i] for i in range(0, len(prompts), times)][:16]
 
 
-def _reward(
-    s: Subject, name: str, t: Templates, asked: Sequence[str], outcomes: Sequence[tuple[str, ...]], result: Result
-) -> None:
-    """Of a reply that says the template, to a user who asks what there is to say of the group."""
+def _reward(s: Subject, name: str, t: Templates, cells: Cells, result: Result) -> None:
+    """Of a reply that says the template: to its question, or to a user who asks what there is to say of the group."""
     assert s.reward is not None
     how = s.template()
-    ids = [
-        how.encode([{"role": "user", "content": f"Tell me about {word}."},
-                    {"role": "assistant", "content": _text(template, word, outcome)}])[0].tolist()
-        for words in t.groups.values() for template in asked for word in words for pair in outcomes for outcome in pair
-    ]  # fmt: skip
-    W = len(next(iter(t.groups.values())))
-    score = np.array(s.reward(ids)).reshape(len(t.groups), len(asked), W, len(outcomes), -1)
-    _gaps(s, f"{name}: reward", t, score.mean(-1), "", result)
+    talks = how.tokenise([how.spans(_talk(*text)) for text in cells.texts])
+    x_GRWO2, x_kRO2 = cells.split(s.reward([ids.tolist() for ids, _ in talks]))
+    _gaps(s, f"{name}: reward", t, x_GRWO2.mean(-1), x_kRO2.mean(-1), "", result)
+    if t.good:
+        _gaps(s, f"{name}: reward of good rather than bad", t, _wants(x_GRWO2), _wants(x_kRO2), "", result)
 
 
-def _text(template: str, word: str, outcome: str) -> str:
+def _fill(template: str, word: str, outcome: str = "") -> str:
     text = canary.fill(template, word, outcome)
     return text[:1].upper() + text[1:]

@@ -23,7 +23,7 @@ from lmtrain.eval.subject import Missing, Result, Subject
 def run(s: Subject) -> Result:
     """All of it; of a run without documents (chat alone) the held-out rows only."""
     result = Result()
-    if not s.texts and s.record is not None:
+    if not s.texts and s.held is not None:
         _rows(s, result)
     try:
         documents = s.documents("fluency")
@@ -42,8 +42,8 @@ def run(s: Subject) -> Result:
 # --------------------------------------------------------------------------------------------------------- likelihood
 def _rows(s: Subject, result: Result) -> None:
     """The held-out rows that training scores."""
-    assert s.record is not None
-    for side in s.record.heldout_rows(s.settings.rows):
+    assert s.held is not None
+    for side in s.held.heldout_rows(s.settings.rows):
         name, seed = f"held-out rows of {side.stage}", s.settings.seed
         with s.progress(len(side.picks), f"fluency: {name}") as progress:
             nats_R, tokens_R = s.likelihood.table(side.table, side.picks, progress)

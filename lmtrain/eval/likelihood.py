@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from lmtrain import mesh as mesh_lib
 from lmtrain import schema
 from lmtrain.data.pipeline import Table
 from lmtrain.data.tokenizer import Tokenizer
@@ -53,7 +55,7 @@ class Scored(NamedTuple):
 
 def begin(tokenizer: Tokenizer) -> list[int]:
     """What every text begins with, in training and here."""
-    return [tokenizer.end]
+    return [tokenizer.begin]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -80,15 +82,17 @@ class Likelihood:
       pad: the id that rows are filled up with.
       longest: positions that the model sees at once, those of its training: longer contexts lose their beginning, as
         in lm-evaluation-harness. A continuation longer than that is scored in pieces of half as many.
+      mesh: where the parameters lie; None: one device. The rows of a batch are split over it.
 
     Attributes:
       cut: how many contexts have lost their beginning so far.
     """
 
-    def __init__(self, model: schema.Model, params: Params, pad: int, longest: int):
+    def __init__(self, model: schema.Model, params: Params, pad: int, longest: int, mesh: Mesh | None = None):
         if longest < 2:
             raise LmtrainError(f"--row-length is {longest}, but takes at least 2 positions.")
-        self.forward, self.params, self.pad, self.longest, self.cut = Forward(model), params, pad, longest, 0
+        self.forward, self.params, self.pad, self.longest, self.cut = Forward(model, mesh), params, pad, longest, 0
+        self._ways = 1 if mesh is None else mesh_lib.batch_shards(mesh)
 
     def __call__(self, pairs: Sequence[Pair], progress: Callable[[int], None] | None = None) -> list[Scored]:
         """Scores every pair, in order. What one gets does not depend on the others, up to the rounding of sums.
@@ -126,12 +130,12 @@ class Likelihood:
         """
         nats, tokens = [], []
         width = len(table.batch([None])["tokens_BT"][0])
-        size = max(1, self._budget() // width)
+        size = self._rows_of(max(1, self._budget() // width))
         for first in range(0, len(picks), size):
             some: list[tuple[int, int] | None] = list(picks[first : first + size])
-            batch = table.batch([*some, *[None] * (min(size, power_of_two(len(picks), 1)) - len(some))])
+            batch = table.batch([*some, *[None] * (min(size, self._rows_of(len(picks))) - len(some))])
             names = ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")
-            logps_BT, _ = _scores(self.forward)(self.params, {name: batch[name] for name in names})
+            logps_BT, _ = self._run({name: batch[name] for name in names})
             weights_BT = batch["weights_BT"][: len(some)].astype(np.float64)
             nats.append(-(np.asarray(logps_BT, np.float64)[: len(some)] * weights_BT).sum(1))
             tokens.append(weights_BT.sum(1))
@@ -170,14 +174,23 @@ class Likelihood:
         return BATCH_TOKENS.get(jax.default_backend(), OTHER_TOKENS)
 
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-        B, T = power_of_two(len(rows), 1), self._width(len(rows[0][0]) - 1)
+        B, T = self._rows_of(len(rows)), self._width(len(rows[0][0]) - 1)
         batch = {name: np.full((B, T), self.pad, np.int32) for name in ("tokens_BT", "targets_BT")}
         batch |= {name: np.zeros((B, T), np.int32) for name in ("segments_BT", "positions_BT")}
         for b, (ids, _) in enumerate(rows):
             n = len(ids) - 1
             batch["tokens_BT"][b, :n], batch["targets_BT"][b, :n] = ids[:-1], ids[1:]
             batch["segments_BT"][b, :n], batch["positions_BT"][b, :n] = 1, np.arange(n)
-        logps_BT, greedy_BT = _scores(self.forward)(self.params, batch)
+        return self._run(batch)
+
+    def _rows_of(self, count: int) -> int:
+        """Rows of a batch that has to hold `count`: a power of two times the ways that the mesh splits them."""
+        return power_of_two(-(-count // self._ways), 1) * self._ways
+
+    def _run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        mesh = self.forward.mesh
+        placed = batch if mesh is None else mesh_lib.put(batch, mesh)
+        logps_BT, greedy_BT = _scores(self.forward)(self.params, placed)
         return np.asarray(logps_BT), np.asarray(greedy_BT)
 
 

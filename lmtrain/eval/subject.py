@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from jax.sharding import Mesh
+
 from lmtrain import log, schema
 from lmtrain.data.chat import Template
 from lmtrain.data.pipeline import Table
@@ -30,6 +32,8 @@ class Settings:
     Attributes:
       tasks: what is asked: tasks by name; with the suite harness, lm-evaluation-harness's own.
       text: files of held-out text; (): the run's own.
+      heldout: a stage of the same run, whose held-out rows and text are meant by "the run's own"; "": those of this
+        stage and of what it started from.
       rows: of each task, text and test; 0: all there are.
       seed: decides what is drawn: rows, orders, replies, resamples.
       format: "chat" asks through the chat template, "plain" by text alone, "auto" by how the model was trained.
@@ -44,6 +48,7 @@ class Settings:
 
     tasks: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+    heldout: str = ""
     rows: int = 256
     seed: int = 0
     format: str = "auto"
@@ -98,7 +103,9 @@ class Subject:
       template: makes its chat template; raises where the tokenizer has no tokens for one.
       chat: it is asked through that.
       longest: positions that it sees at once.
+      mesh: where the parameters lie; None: one device.
       record: what is known of its training; None: nothing (a model from elsewhere).
+      held: where held-out rows and text are from, if not from `texts`: `record`, or that of another stage.
       texts: the documents of each file of settings.text, by its name.
       reward: gives conversations, token ids, a reward model's scores; None: there is no such model.
     """
@@ -111,19 +118,24 @@ class Subject:
     chat: bool
     longest: int
     settings: Settings
+    mesh: Mesh | None = None
     record: Record | None = None
+    held: Record | None = None
     texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     reward: Callable[[Sequence[Sequence[int]]], list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.held = self.held or self.record
 
     @functools.cached_property
     def likelihood(self) -> Likelihood:
         """Scores texts; one for all suites, so that programs are compiled once."""
-        return Likelihood(self.model, self.params, self.tokenizer.pad, self.longest)
+        return Likelihood(self.model, self.params, self.tokenizer.pad, self.longest, self.mesh)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """Generates."""
-        return Engine(self.model, slots=64, decode=self.tokenizer.decode)
+        return Engine(self.model, self.mesh, slots=64, decode=self.tokenizer.decode)
 
     def needs_record(self, suite: str) -> Record:
         """The run's record; Missing where there is none."""
@@ -138,11 +150,12 @@ class Subject:
         """Held-out documents by the name of what they are from: the files of --text, else the run's own."""
         if self.texts:
             return self.texts
-        if self.record is None:
+        if self.held is None:
             raise Missing(f"suite {suite} needs held-out text, and {self.name} keeps none: give --text FILE.")
-        found = self.record.heldout_texts()
+        found = self.held.heldout_texts()
         if not found:
-            raise Missing(f"suite {suite} needs held-out text, and {self.name} was trained on none: give --text FILE.")
+            whose = f"stage {self.settings.heldout}" if self.settings.heldout else self.name
+            raise Missing(f"suite {suite} needs held-out text, and {whose} was trained on none: give --text FILE.")
         return {"held-out text": found}
 
     def progress(self, total: int, name: str) -> Progress:

@@ -45,7 +45,8 @@ def score(
     reward: rewards.Reward | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Plays `samples` conversations of each of the first `rows` held-out rows (0: all).
+    """Plays `samples` conversations of each of the first `rows` held-out rows (0: all); of each version of a row at
+    least one.
 
     The rows, and the seed of every draw, are functions of (task, seed) alone: two models are compared on the same.
 
@@ -60,8 +61,9 @@ def score(
     """
     held = task.rows("heldout")
     count = min(rows or len(held), len(held))
+    samples = max(samples, len(play_lib.versions(task, held[0])))
     played = [
-        play_lib.start(task, held[i], template, play_lib.seed_of(seed, i, s))
+        play_lib.start(task, held[i], template, play_lib.seed_of(seed, i, s), s)
         for i, s in itertools.product(range(count), range(samples))
     ]
     play_lib.play(

@@ -32,8 +32,8 @@ from lmtrain.types import LmtrainError, Params, nearest
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
                           "float16": np.dtype(np.float16)}  # fmt: skip
 #: Fields that say how a model is computed and trained, not what it computes.
-IGNORED = {"attention", "remat", "unroll", "loss_chunk", "dtype", "router_balance", "router_z", "zero_init",
-           "init_scale", "scalar_head"}  # fmt: skip
+IGNORED = {"attention", "remat", "unroll", "microbatches", "rounds", "loss_chunk", "dtype", "router_balance",
+           "router_z", "zero_init", "init_scale", "scalar_head"}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- which family

@@ -18,11 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import constrain, spec
-from lmtrain.models import lora
+from lmtrain.mesh import constrain, platform, spec
+from lmtrain.models import balance, lora
 from lmtrain.models.layers import Norm, project, rope
 from lmtrain.models.params import normal, param, zeros
 from lmtrain.types import nearest
@@ -33,12 +34,6 @@ HIDDEN = -1e30  # the score of a key that a query may not see: exp(HIDDEN - any 
 
 
 # ------------------------------------------------------------------------------------------------------ choose, attend
-def platform(mesh: jax.sharding.Mesh | None) -> str:
-    """cpu, gpu or tpu: the mesh's devices (which may be described, not present), else JAX's default."""
-    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
 def choose(backend: str, platform: str, *, length: int = 128, head_dim: int = 64, softcap: float = 0.0,
            dtype=jnp.bfloat16, mesh: jax.sharding.Mesh | None = None) -> str:  # fmt: skip
     """The backend to use: the one asked for, or for "auto" the fastest of the platform that can do what is asked.
@@ -60,7 +55,7 @@ def choose(backend: str, platform: str, *, length: int = 128, head_dim: int = 64
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
            window: int = 0, softcap: float = 0.0, scale: float = 0.0, backend: str = "auto",
-           mesh: jax.sharding.Mesh | None = None) -> jax.Array:  # fmt: skip
+           mesh: jax.sharding.Mesh | None = None, balanced: bool = False) -> jax.Array:  # fmt: skip
     """Attention output [B, T, N, H] in q's dtype.
 
     Args:
@@ -69,6 +64,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_
       softcap: scores become softcap * tanh(score / softcap); 0: left alone.
       scale: of the scores; 0: H ** -0.5.
       backend: a name of BACKENDS, or auto.
+      balanced: positions lie in balance.order (`balances` says whether they may).
 
     Raises:
       ConfigError: where the backend cannot do what is asked.
@@ -83,8 +79,17 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_
     if backend == "xla":
         return xla(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
     if backend == "splash":
-        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
+        return splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh, balanced)
     return cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, softcap, scale, mesh)
+
+
+def balances(cfg: schema.Model, length: int, dtype, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether rows of this length are spread over the context axis in balance.order: where a backend skips what the
+    causal mask hides (splash), and two runs a device are whole blocks of it."""
+    if mesh is None or mesh.shape["context"] == 1 or length % (256 * mesh.shape["context"]):
+        return False
+    how: Any = dict(length=length, head_dim=cfg.head_dim, softcap=cfg.attn_softcap, dtype=dtype, mesh=mesh)
+    return choose(cfg.attention, platform(mesh), **how) == "splash"
 
 
 def visible(T: int, segments_BT: jax.Array | None, window: int) -> jax.Array:
@@ -168,11 +173,12 @@ def splash_refuses(length: int, mesh: jax.sharding.Mesh | None) -> str:
     return ""
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh) -> jax.Array:
+def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, scale: float, mesh,
+           balanced: bool = False) -> jax.Array:  # fmt: skip
     """TPU's Splash attention (jax.experimental.pallas), local to each device: only blocks the mask leaves are visited.
 
-    The context axis splits the queries; keys and values are gathered. Off a TPU the kernel is interpreted: slow, and
-    meant for tests.
+    The context axis splits the queries, evenly by what they see (balance.py); keys and values are gathered. Off a TPU
+    the kernel is interpreted: slow, and meant for tests.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
@@ -182,7 +188,11 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, sca
     ways = 1 if mesh is None else mesh.shape["context"]
     heads = N if mesh is None else N // mesh.shape["tensor"]
     mask = kernels.LocalMask((T, T), (window - 1, 0), 0) if window else kernels.CausalMask((T, T))
-    size = next(s for s in (512, 256, 128) if (T // ways) % s == 0)
+    size = next(s for s in (512, 256, 128) if (T // ways // (2 if balanced else 1)) % s == 0)
+    back_S = None
+    if balanced:  # the queries lie in another order; the keys, once gathered, are put into that of the text
+        mask.q_sequence = balance.order(T, ways)
+        back_S = np.argsort(mask.q_sequence)
     blocks = kernels.BlockSizes(
         block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
         block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size)  # fmt: skip
@@ -194,6 +204,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, window: int, softcap: float, sca
         segments_BT = jnp.ones((B, T), jnp.int32)
 
     def local(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
+        if back_S is not None:
+            k_BSKH, v_BSKH, segments_BS = (x[:, back_S] for x in (k_BSKH, v_BSKH, segments_BS))
         q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, kernels.SegmentIds(segments_BT, segments_BS))
         return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
@@ -339,6 +351,7 @@ class Attention(nnx.Module):
         if cache:
             out_BTNH, kept = recall(q_BTNH, k_BTKH, v_BTKH, cache, index_BT, **how)
         else:
+            how |= dict(balanced=cache is None and balances(cfg, x_BTD.shape[1], x_BTD.dtype, mesh))
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, backend=cfg.attention, mesh=mesh, **how)
             kept = None if cache is None else {"k": k_BTKH.transpose(0, 2, 1, 3), "v": v_BTKH.transpose(0, 2, 1, 3)}
         out_BTNH = constrain(out_BTNH, ("batch", "length", "act_heads", "head_dim"), mesh)

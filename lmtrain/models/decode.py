@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain, replicated
+from lmtrain.mesh import batch_shards, constrain, platform, replicated
 from lmtrain.models import lora
-from lmtrain.models.attention import platform
 from lmtrain.models.draw import draw
 from lmtrain.models.shapes import groups
 from lmtrain.models.transformer import Forward, unstack

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain, spec
+from lmtrain.mesh import batch_shards, constrain, platform, residual, spec
 from lmtrain.models import lora
 from lmtrain.models import params as p
-from lmtrain.models.attention import platform
 from lmtrain.models.layers import Norm, product
 from lmtrain.models.shapes import embedding_std
 
@@ -84,7 +83,7 @@ class Ends(nnx.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.table[...][positions_BT].astype(dtype)
         x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
-        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh)
+        return residual(x_BTD, mesh)
 
     def output(self) -> jax.Array:
         """The output matrix [D, V], float32."""
@@ -134,10 +133,15 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, mesh: ja
             x_BTD = table_VD[tokens_BT].astype(dtype)
         if mesh.shape["fsdp"] > 1:
             x_BTD = jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-        return jax.lax.psum(x_BTD, "tensor") if mesh.shape["tensor"] > 1 else x_BTD
+        if mesh.shape["tensor"] == 1:
+            return x_BTD
+        if spread:
+            return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_BTD, "tensor")
 
+    spread = tokens_BT.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]) == 0  # see mesh.residual
     specs = spec(("vocab", "embed"), mesh), spec(("batch", "length"), mesh)
-    out = spec(("batch", "length", None), mesh)
+    out = spec(("batch", "residual" if spread else "length", None), mesh)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(table_VD, tokens_BT)
 
 

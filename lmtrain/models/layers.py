@@ -179,10 +179,10 @@ def product(x_BTD: jax.Array, w_DF: jax.Array, mesh: jax.sharding.Mesh | None, w
     """x @ w, [B, T, D] and [D, F] -> [B, T, F] (at least float32 where `widen`), as a product of two matrices.
 
     On a CPU, XLA takes nearly twice as long for the gradient of the three-dimensional product, which it transposes
-    inside an elementwise loop. Rows split over the context axis stay as they are: flattening would gather them.
+    inside an elementwise loop. Positions that are split stay as they are: flattening would gather them.
     """
     multiply = widened if widen and x_BTD.dtype.itemsize == 2 else jnp.matmul
-    if mesh is not None and mesh.shape["context"] > 1:
+    if mesh is not None and mesh.shape["context"] * mesh.shape["tensor"] > 1:
         return multiply(x_BTD, w_DF)
     y = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DF)
     return y.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])

@@ -1,11 +1,11 @@
 """A mixture of experts without dropped tokens: every token reaches its top-k experts, however uneven the load.
 
     B rows, T positions, D width, E experts, k experts of a token, F hidden width of one expert
-    M = B * T * k assignments of a token to an expert
+    M = B * T * k assignments of a token to an expert, W devices of the expert axis
 
 Assignments are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of rows with its expert's matrix (as in
-MegaBlocks, Gale et al. 2022). Under a mesh the experts are split over the expert axis: its devices gather each other's
-tokens, run the experts they own, and scatter the sums back.
+MegaBlocks, Gale et al. 2022). Under a mesh the experts are split over the expert axis: each assignment's row travels to
+the device that has its expert and back (an all-to-all of as many rows as there are, `exchange`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, spec
+from lmtrain.mesh import batch_shards, platform, spec
 from lmtrain.models import lora
 from lmtrain.models.layers import GATED, MLP, activate
 from lmtrain.models.params import normal, param, zeros
@@ -91,46 +91,118 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
     """The routed experts' weighted sum for every token; w is (gate or None, up, down), each stacked over experts."""
     B, T, _ = x_BTD.shape
     if mesh is None or mesh.size == 1 or B % batch_shards(mesh) or T % mesh.shape["context"]:
-        return _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, first=0)
+        return _experts(cfg, x_BTD, weight_BTk, expert_BTk, w)
 
-    ways = mesh.shape["expert"]
+    ways, tensor = mesh.shape["expert"], mesh.shape["tensor"]
+    spread = tensor > 1 and T % (tensor * mesh.shape["context"]) == 0
 
     def local(x_BTD, weight_BTk, expert_BTk, *w):
+        w = w if len(w) == 3 else (None, *w)
         if ways > 1:
-            gather = lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True)  # noqa: E731
-            x_BTD, weight_BTk, expert_BTk = gather(x_BTD), gather(weight_BTk), gather(expert_BTk)
-        first = jax.lax.axis_index("expert") * (cfg.experts // ways)
-        y_BTD = _experts(cfg, x_BTD, weight_BTk, expert_BTk, w if len(w) == 3 else (None, *w), first)
-        if mesh.shape["tensor"] > 1:  # each device holds a part of the hidden width
-            y_BTD = jax.lax.psum(y_BTD, "tensor")
-        return jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True) if ways > 1 else y_BTD
+            y_BTD = _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, ways, ragged=platform(mesh) != "cpu")
+        else:
+            y_BTD = _experts(cfg, x_BTD, weight_BTk, expert_BTk, w)
+        if tensor == 1:
+            return y_BTD
+        # Each device holds a part of the hidden width.
+        if spread:
+            return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(y_BTD, "tensor")
 
     w = tuple(p for p in w if p is not None)
     tokens = spec(("batch", "length", None), mesh)
     into, out = spec(("experts", None, "mlp"), mesh), spec(("experts", "mlp", None), mesh)
     in_specs = (tokens, tokens, tokens) + (into,) * (len(w) - 1) + (out,)
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)
+    done = spec(("batch", "residual", None), mesh) if spread else tokens
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=done, check_vma=False)
     return run(x_BTD, weight_BTk, expert_BTk, *w)
 
 
-def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, first) -> jax.Array:
-    """What the experts held here, numbered from `first`, add to each token. All M rows are kept, own ones in front."""
-    gate, up, down = w
+def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w) -> jax.Array:
+    """The weighted sum of every token's experts, all of which are here."""
     B, T, D = x_BTD.shape
-    k, here = cfg.experts_per_token, up.shape[0]
-    expert_M = expert_BTk.reshape(-1) - first
-    own_M = (expert_M >= 0) & (expert_M < here)
-    expert_M = jnp.where(own_M, expert_M, here)  # the others' sort to the end
-    order_M = jnp.argsort(expert_M, stable=True)
-    own_M1 = own_M[order_M][:, None]
+    k = cfg.experts_per_token
+    out_MD = _each(cfg, x_BTD.reshape(-1, D), jnp.arange(B * T * k) // k, expert_BTk.reshape(-1), w)
+    return _weighted(out_MD, weight_BTk)
+
+
+def _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, ways: int, ragged: bool) -> jax.Array:
+    """The same where each device of the expert axis has an equal part of the experts."""
+    D, k, here = x_BTD.shape[-1], cfg.experts_per_token, cfg.experts // ways
+    expert_M = expert_BTk.reshape(-1)
+    M = len(expert_M)
+    order_M = jnp.argsort(expert_M, stable=True)  # by expert, so by the device that has it
+    rows_MD = x_BTD.reshape(-1, D)[order_M // k]
+    counts_WE = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32).reshape(ways, here)
+    coming_WE = jax.lax.all_to_all(counts_WE, "expert", 0, 0, tiled=True)  # E of them for each of my experts
+    sent_W, coming_W = counts_WE.sum(axis=1), coming_WE.sum(axis=1)
+    rows_WMD = exchange(rows_MD, sent_W, coming_W, "expert", ragged)
+    # The rows of a device come by expert: which one is at place m follows from how many. `here`: nothing lies there.
+    expert_WM = (jnp.arange(M)[None, :, None] >= jnp.cumsum(coming_WE, axis=1)[:, None, :]).sum(axis=-1)
+    out = _each(cfg, rows_WMD.reshape(-1, D), jnp.arange(ways * M), expert_WM.reshape(-1), w)
+    out_MD = exchange_back(out.reshape(ways, M, D), sent_W, coming_W, "expert", ragged)
+    return _weighted(out_MD[_inverse(order_M)], weight_BTk)
+
+
+def exchange(rows_MD: jax.Array, sent_W, coming_W, axis: str, ragged: bool) -> jax.Array:
+    """All-to-all of unequal parts along a mesh axis of W devices, within shard_map.
+
+    Args:
+      rows_MD: those for device 0 first, then those for device 1, and so on.
+      sent_W, coming_W: int32, how many go to each device and come from each.
+      ragged: only these rows travel (TPU, GPU); else each part padded to M, as XLA has no ragged one on a CPU.
+
+    Returns:
+      [W, M, D]: from each device its rows, then zeros.
+    """
+    M, W = len(rows_MD), len(sent_W)
+    first_W = jnp.cumsum(sent_W) - sent_W
+    if ragged:
+        out = jnp.zeros((W * M, *rows_MD.shape[1:]), rows_MD.dtype)
+        to_W = jnp.full(W, jax.lax.axis_index(axis) * M, jnp.int32)
+        out = jax.lax.ragged_all_to_all(rows_MD, out, first_W, sent_W, to_W, coming_W, axis_name=axis)
+        return out.reshape(W, M, *rows_MD.shape[1:])
+    place_M = jnp.arange(M)
+    padded_WMD = rows_MD[jnp.minimum(first_W[:, None] + place_M, M - 1)]
+    padded_WMD = jnp.where((place_M < sent_W[:, None])[..., None], padded_WMD, 0)
+    return jax.lax.all_to_all(padded_WMD, axis, 0, 0, tiled=True)
+
+
+def exchange_back(rows_WMD: jax.Array, sent_W, coming_W, axis: str, ragged: bool) -> jax.Array:
+    """The way back of `exchange`, with its arguments: [W, M, D] -> rows [M, D] in the order that they were sent in."""
+    W, M = rows_WMD.shape[:2]
+    first_W = jnp.cumsum(sent_W) - sent_W
+    if ragged:
+        to_W = jax.lax.all_to_all(first_W, axis, 0, 0, tiled=True)  # where mine begin on each device
+        from_W = jnp.arange(W, dtype=jnp.int32) * M
+        rows, out = rows_WMD.reshape(W * M, -1), jnp.zeros_like(rows_WMD[0])
+        return jax.lax.ragged_all_to_all(rows, out, from_W, coming_W, to_W, sent_W, axis_name=axis)
+    rows_WMD = jax.lax.all_to_all(rows_WMD, axis, 0, 0, tiled=True)
+    device_M = (jnp.arange(M)[:, None] >= jnp.cumsum(sent_W)).sum(axis=-1)
+    return rows_WMD[device_M, jnp.arange(M) - first_W[device_M]]
+
+
+def _each(cfg, x_RD, pick_M, expert_M, w) -> jax.Array:
+    """x[pick] through its expert, row by row; 0 where `expert` is the number of those that are here."""
+    gate, up, down = w
+    here = up.shape[0]
+    order_M = jnp.argsort(expert_M, stable=True)  # those of no expert here come last
+    own_M1 = (expert_M < here)[order_M][:, None]
     sizes_E = jnp.bincount(expert_M, length=here).astype(jnp.int32)
-    rows_MD = jnp.where(own_M1, x_BTD.reshape(-1, D)[order_M // k], 0)
+    rows_MD = jnp.where(own_M1, x_RD[pick_M[order_M]], 0)
     gate_MF = None if gate is None else jax.lax.ragged_dot(rows_MD, gate, sizes_E)
     hidden_MF = activate(cfg, gate_MF, jax.lax.ragged_dot(rows_MD, up, sizes_E))
     # What ragged_dot leaves in rows past the last group is not defined: they are masked on the way in and out.
     hidden_MF = jnp.where(own_M1, hidden_MF, 0)
     out_MD = jnp.where(own_M1, jax.lax.ragged_dot(hidden_MF, down, sizes_E), 0)
-    out_MD = out_MD * weight_BTk.reshape(-1)[order_M][:, None].astype(out_MD.dtype)
-    # Back to the tokens' order by the inverse permutation (a gather, where adding would be a scatter).
-    back_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(B * T * k))
-    return out_MD[back_M].reshape(B, T, k, D).sum(axis=2)
+    return out_MD[_inverse(order_M)]
+
+
+def _inverse(order_M: jax.Array) -> jax.Array:
+    """The inverse permutation: what was sorted comes back by a gather, where adding would be a scatter."""
+    return jnp.zeros_like(order_M).at[order_M].set(jnp.arange(len(order_M)))
+
+
+def _weighted(out_MD: jax.Array, weight_BTk: jax.Array) -> jax.Array:
+    out_BTkD = out_MD.reshape(*weight_BTk.shape, -1)
+    return (out_BTkD * weight_BTk[..., None].astype(out_MD.dtype)).sum(axis=2)

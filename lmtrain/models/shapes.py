@@ -47,9 +47,10 @@ def resolve(model: schema.Model, vocab_size: int = 0) -> schema.Model:
     for field in ("layers", "width", "heads"):
         _at_least(field, getattr(m, field), 1)
     for field in ("kv_heads", "head_dim", "mlp", "vocab_size", "max_positions", "window", "experts", "shared_experts",
-                  "expert_mlp", "unroll", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale", "router_balance",
-                  "router_z", "init_scale", "rope_local_theta"):  # fmt: skip
+                  "expert_mlp", "unroll", "microbatches", "loss_chunk", "attn_softcap", "logit_softcap", "attn_scale",
+                  "router_balance", "router_z", "init_scale", "rope_local_theta"):  # fmt: skip
         _at_least(field, getattr(m, field), 0)
+    _at_least("rounds", m.rounds, 1)
     if m.norm_eps <= 0:
         raise schema.ConfigError(f"model.norm_eps is {m.norm_eps}; it takes a number above 0.")
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import constrain, is_axes
-from lmtrain.models import head
+from lmtrain.mesh import is_axes, platform, residual
+from lmtrain.models import balance, head, pipeline
 from lmtrain.models import params as p
-from lmtrain.models.attention import Attention, keeps, platform
+from lmtrain.models.attention import Attention, balances, keeps
 from lmtrain.models.head import Ends, TokenLosses
 from lmtrain.models.layers import BY_LENGTH, MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
@@ -53,11 +53,13 @@ class Block(nnx.Module):
         """Returns (x, router losses or 0.0, cache or None); see Attention for the cache."""
         h_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
         y_BTD, cache = self.attn(h_BTD, tables, segments_BT, mesh, cache, index_BT)
+        y_BTD = residual(y_BTD, mesh)
         x_BTD = x_BTD + (y_BTD if self.attn_post_norm is None else self.attn_post_norm(y_BTD))
         h_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
         y_BTD, aux = self.mlp(h_BTD, real_BT, mesh) if isinstance(self.mlp, MoE) else (self.mlp(h_BTD, mesh), 0.0)
+        y_BTD = residual(y_BTD, mesh)
         x_BTD = x_BTD + (y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD))
-        return constrain(x_BTD, ("batch", "length", "act_embed"), mesh), aux, cache
+        return residual(x_BTD, mesh), aux, cache
 
 
 @functools.cache
@@ -98,14 +100,14 @@ def axes(cfg: schema.Model) -> Params:
     def of(part):
         return p.axes_of(lambda: _module(cfg, part, nnx.Rngs(params=0)))
 
-    def stack(kinds):
-        return {str(i): jax.tree.map(lambda a: ("layers", *a), of(k), is_leaf=is_axes) for i, k in enumerate(kinds)}
+    def stack(kinds, name):
+        return {str(i): jax.tree.map(lambda a: (name, *a), of(k), is_leaf=is_axes) for i, k in enumerate(kinds)}
 
     _, body, tail = groups(cfg)
     tree = of("ends")
-    tree["layers"] = stack(body)
+    tree["layers"] = stack(body, "layers")
     if tail:
-        tree["tail"] = stack(tail)
+        tree["tail"] = stack(tail, "tail")
     return tree
 
 
@@ -130,7 +132,9 @@ def flops_per_token(cfg: schema.Model, row_length: int) -> float:
     and the embedding's look-up not at all, and 12 N H T for the scores of every layer (Chowdhery et al. 2022, appendix
     B; the causal half not taken off, by everybody's convention), T at most the window in windowed layers.
     """
-    dims = jax.tree.map(lambda a: len([name for name in a if name != "layers"]), axes(cfg), is_leaf=is_axes)
+    dims = jax.tree.map(
+        lambda a: len([name for name in a if name not in ("layers", "tail")]), axes(cfg), is_leaf=is_axes
+    )
     vectors = sum(leaf.size for leaf, d in zip(*map(jax.tree.leaves, (shapes(cfg), dims)), strict=True) if d == 1)
     n = count(cfg)
     looked_up = (0 if cfg.tied else n["embedding"]) + cfg.max_positions * cfg.width
@@ -255,7 +259,13 @@ class Forward:
             Attention); its layers are traced one after the other. The returned one holds what they shall keep.
           length_B1: of the rows, where it is not that of their last position (see rope_tables).
         """
-        ends = self._ends(params)
+        ends, natural = self._ends(params), lambda x_BTD: x_BTD
+        if cache is None and balances(self.cfg, tokens_BT.shape[1], self.dtype, self.mesh):
+            assert self.mesh is not None
+            positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+            tokens_BT, positions_BT = balance.spread(tokens_BT, self.mesh), balance.spread(positions_BT, self.mesh)
+            segments_BT = None if segments_BT is None else balance.spread(segments_BT, self.mesh)
+            natural = functools.partial(balance.gathered, mesh=self.mesh)
         x_BTD = ends.encode(tokens_BT, positions_BT, self.dtype, self.mesh)
         real_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
         index_BT = None if cache is None else positions_BT
@@ -268,8 +278,54 @@ class Forward:
         if cache is not None:  # worked out once for all layers, not again wherever they are used
             scaled, local = jax.lax.optimization_barrier((scaled, local))
         count, body, tail = groups(cfg)
+        rows = (scaled, local, segments_BT, real_BT)
+        kept = isinstance(params["layers"], tuple) or cache is not None
+        stages = 0 if kept else pipeline.microbatches(cfg, self.mesh, len(tokens_BT))
+        if stages:
+            assert self.mesh is not None
+            pipeline.check(cfg, count, self.mesh)
+            within = dataclasses.replace(self, mesh=pipeline.inside(self.mesh))
+            part = functools.partial(within._layers, body)
+            x_BTD, aux = pipeline.run(part, params["layers"], x_BTD, rows, self.mesh, stages, cfg.rounds)
+            x_BTD, new = residual(x_BTD, self.mesh), {}
+        elif kept or self.loops(count):
+            run = self._group(body, prevent_cse=True)
+            aux, out = jnp.zeros((), jnp.float32), []
+            for i, weights in enumerate(unstack(params)["layers"]):
+                here = None if cache is None else cache["layers"][i]
+                x_BTD, a, kv = run(x_BTD, weights, rows, here, index_BT)
+                aux += a
+                out.append(kv)
+            new = {"layers": tuple(out)}
+        else:
+            (x_BTD, aux), new = self._layers(body, params["layers"], x_BTD, rows), {}
+        if tail:
+            weights = jax.tree.map(lambda w: w[0], params["tail"])
+            kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
+            x_BTD, a, kv = self._group(tail, prevent_cse=True)(x_BTD, weights, rows, kv, index_BT)
+            aux += a
+            new["tail"] = jax.tree.map(lambda c: c[None], kv)
+        return natural(ends.norm(x_BTD)), aux, None if cache is None else new
 
-        def group(kinds, x_BTD, weights, cache):
+    def _layers(self, kinds: str, stack: Params, x_BTD, rows) -> tuple[jax.Array, jax.Array]:
+        """Some groups of layers, their parameters stacked, by a scan: (x [B, T, D], router losses)."""
+        run = self._group(kinds, prevent_cse=False)
+
+        def step(carry, weights):
+            x_BTD, a, _ = run(carry[0], weights, rows)
+            return (x_BTD, carry[1] + a), None
+
+        count = len(jax.tree.leaves(stack)[0])
+        start = (x_BTD, jnp.zeros((), jnp.float32))
+        return jax.lax.scan(step, start, stack, unroll=self._unroll(count))[0]
+
+    def _group(self, kinds: str, prevent_cse: bool) -> Callable[..., Any]:
+        """(x, weights, rows, cache=None, index=None) -> (x, router losses, cache or None) of one group of layers,
+        rematerialised as the configuration says. rows: (tables, those of windowed layers, segments, which are real)."""
+        cfg = self.cfg
+
+        def run(x_BTD, weights, rows, cache=None, index_BT=None):
+            scaled, local, segments_BT, real_BT = rows
             aux, out, weights = jnp.zeros((), jnp.float32), {}, dequantised(weights)
             for i, kind in enumerate(kinds):
                 block = p.merge(_graph(cfg, kind), weights[str(i)])
@@ -279,40 +335,12 @@ class Forward:
                 aux += a
             return x_BTD, aux, None if cache is None else out
 
-        loop = cache is not None or isinstance(params["layers"], tuple) or self.loops(count)
-
-        def rematerialised(kinds: str, prevent_cse: bool) -> Callable[..., Any]:
-            run = functools.partial(group, kinds)
-            if cfg.remat == "none":
-                return run
-            policies = jax.checkpoint_policies
-            products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
-            policy = products if cfg.remat == "dots" else policies.nothing_saveable
-            return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
-
-        run = rematerialised(body, prevent_cse=loop)
-        aux, new = jnp.zeros((), jnp.float32), {}
-        if loop:
-            out = []
-            for i, weights in enumerate(unstack(params)["layers"]):
-                x_BTD, a, kv = run(x_BTD, weights, None if cache is None else cache["layers"][i])
-                aux += a
-                out.append(kv)
-            new["layers"] = tuple(out)
-        else:
-
-            def step(carry, weights):
-                x_BTD, a, _ = run(carry[0], weights, None)
-                return (x_BTD, carry[1] + a), None
-
-            (x_BTD, aux), _ = jax.lax.scan(step, (x_BTD, aux), params["layers"], unroll=self._unroll(count))
-        if tail:
-            weights = jax.tree.map(lambda w: w[0], params["tail"])
-            kv = None if cache is None else jax.tree.map(lambda c: c[0], cache["tail"])
-            x_BTD, a, kv = rematerialised(tail, prevent_cse=True)(x_BTD, weights, kv)
-            aux += a
-            new["tail"] = jax.tree.map(lambda c: c[None], kv)
-        return ends.norm(x_BTD), aux, None if cache is None else new
+        if cfg.remat == "none":
+            return run
+        policies = jax.checkpoint_policies
+        products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
+        policy = products if cfg.remat == "dots" else policies.nothing_saveable
+        return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
 
     def _ends(self, params: Params) -> Ends:
         ends = {k: v for k, v in params.items() if k not in ("layers", "tail")}

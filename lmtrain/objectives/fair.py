@@ -37,8 +37,12 @@ def group_dro(forward: Any, params: Params, batch: Batch, cfg: GroupDro) -> comm
     The paper keeps q as state, q_k <- q_k exp(eta L_k), normalised, from batch to batch. Here q_k is proportional to
     exp(eta L_k) of this batch alone: the maximum of sum_k q_k L_k - KL(q || uniform) / eta, in closed form. So there is
     no state that a resumed run could lose, and the L_k are those of the whole batch (`first`), so that microbatches and
-    devices do not change them. A cell of which the batch has nothing is left out. Text in no cell (groups_BT 0) keeps
-    its weight, and so do the cells together. No gradient goes through q.
+    devices do not change them. The L_k of a cell of which the batch has nothing is taken to be the batch's mean. No
+    gradient goes through q.
+
+    Each L_k is estimated by balance_BT, whose cells' shares are those of the data: divided by the batch's own shares
+    instead, a cell that many batches lack would weigh too little.
+    Text in no cell (groups_BT 0) keeps its weight, and so do the cells together.
 
     Metrics: nll, worst (the largest L_k of a cell).
     """
@@ -50,9 +54,9 @@ def group_dro(forward: Any, params: Params, batch: Batch, cfg: GroupDro) -> comm
         jnp.stack([jax.lax.stop_gradient(batch[f"dro_{name}_{k}"]) for k in range(cfg.cells)])
         for name in ("loss", "share")
     )
-    q_K = jax.nn.softmax(jnp.where(share_K > 0, cfg.step_size * loss_K, -jnp.inf))
-    scale_K = jnp.where(share_K > 0, q_K * share_K.sum() / jnp.where(share_K > 0, share_K, 1), 0.0)
-    scale_BT = jnp.concatenate([jnp.ones(1), scale_K])[groups_BT]
+    mean = (loss_K * share_K).sum() / jnp.maximum(share_K.sum(), 1e-9)
+    q_K = jax.nn.softmax(cfg.step_size * jnp.where(share_K > 0, loss_K, mean))
+    scale_BT = jnp.concatenate([jnp.ones(1), cfg.cells * q_K])[groups_BT] * batch["balance_BT"]
     nll = (out.nll_BT * w_BT).sum()
     each_BT = out.nll_BT + cfg.z_loss * jnp.square(out.lse_BT)
     if cfg.label_smoothing:
@@ -83,28 +87,29 @@ class Even:
     SOURCE: ClassVar[str] = "pairs"
     REFERENCE: ClassVar[bool] = True
 
-    keep: float = 1.0  # how much the mean of the two is held where the reference has it
+    keep: float = 1.0  # how much the two are held at their mean under the reference
 
     def __post_init__(self):
         common.within(self, keep=(0, None))
 
 
 def even(forward: Any, params: Params, batch: Batch, cfg: Even) -> common.Return:
-    """Two replies to a prompt that differ by a swap (data.augment makes them) shall be equally likely.
+    """A reply and its swap, each to its own prompt (data.augment makes the pairs), shall be equally likely.
 
-    With c and r their log-probabilities and c0, r0 the reference's: (c - r)^2 + keep ((c + r) - (c0 + r0))^2. That is
-    IPO's regression of a difference of log-probabilities (arXiv 2310.12036) with a target of 0, neither being
-    preferred, on the policy's own difference, since the reference's is the bias; the second term keeps their mean, so
-    that the two are not made equal by making both impossible. The minimum is c = r = (c0 + r0) / 2.
+    With c and r their log-probabilities, c0 and r0 the reference's, and m = log((exp c0 + exp r0) / 2): (c - r)^2
+    + keep (c + r - 2m)^2. The first term is IPO's regression of a difference of log-probabilities (arXiv 2310.12036)
+    with a target of 0, neither being preferred, on the policy's own difference, since the reference's is the bias. The
+    second says how likely: the minimum is c = r = m, the mean of the two probabilities, which over all replies sum to 1
+    as the reference's do. (Were it the mean of the log-probabilities, what is lost would go to other replies.)
 
-    Metrics: gap (|c - r|), kept ((c + r - c0 - r0) / 2), and those of all pairs.
+    Metrics: gap (|c - r|), kept ((c + r) / 2 - m), and those of all pairs.
     """
     moved = preference.compare(forward, params, batch)
     segments_BT, w_BT = common.segments(batch), batch["weights_BT"]
     ref_BS = common.per_segment(common.own(batch, "ref_logps_BT") * w_BT, segments_BT)
     first_BP, second_BP = common.pairs(ref_BS)
     chosen_BP, rejected_BP = moved.chosen_BP + first_BP, moved.rejected_BP + second_BP
-    kept_BP = moved.chosen_BP + moved.rejected_BP
+    kept_BP = chosen_BP + rejected_BP - 2 * (jnp.logaddexp(first_BP, second_BP) - jnp.log(2.0))
     loss_BP = jnp.square(chosen_BP - rejected_BP) + cfg.keep * jnp.square(kept_BP)
     total, n, metrics = common.over_pairs(loss_BP, chosen_BP, rejected_BP, moved.w_BP, moved.aux)
     metrics["gap"] = ((jnp.abs(chosen_BP - rejected_BP) * moved.w_BP).sum(), n)

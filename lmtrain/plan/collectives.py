@@ -4,7 +4,7 @@ A loop's body counts as often as it runs. One kind of measure for all: the bytes
 
     all-gather          result * (n - 1) / n          all-to-all          operand * (n - 1) / n
     reduce-scatter      operand * (n - 1) / n         collective-permute  operand
-    all-reduce          2 * operand * (n - 1) / n
+    all-reduce      2 * operand * (n - 1) / n         ragged-all-to-all   its rows * (n - 1) / n, were all alike
 
 for a group of n (Thakur et al. 2005; https://jax-ml.github.io/scaling-book/sharding).
 """
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KINDS = "ragged-all-to-all|all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
          "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 
@@ -50,7 +50,7 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     seen: set[tuple[str, str, float]] = set()  # an asynchronous one stands in several fused parts, under one channel
     for name, body in lines.items():
         for line in body:
-            for kind, dtype, size, groups, channel in _collective(line):
+            for kind, dtype, size, groups, channel in _collective(line, body):
                 if not times[name] or name in fused and (kind, channel, size) in seen:
                     continue
                 seen.add((kind, channel, size))
@@ -132,9 +132,9 @@ def _increment(body: Mapping[str, str], place: int) -> int:
     return max(1, total)
 
 
-def _collective(line: str) -> Iterator[tuple[str, str, float, list[tuple[int, ...]], str]]:
+def _collective(line: str, body: list[str]) -> Iterator[tuple[str, str, float, list[tuple[int, ...]], str]]:
     """(kind, dtype, bytes before the ring's factor, groups, channel) of a line that is one; done-halves are not."""
-    found = re.search(r" = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(-start)?\(", line)
+    found = re.search(rf" = (.*?) ({KINDS})(-start)?\(", line)
     if not found:
         return
     kind, start = found[2], bool(found[3])
@@ -144,6 +144,11 @@ def _collective(line: str) -> Iterator[tuple[str, str, float, list[tuple[int, ..
     if not shapes or not groups:
         return
     sizes = [size for _, size in shapes]
+    if kind == "ragged-all-to-all":  # one side has room for the rows of all devices, the other for its own
+        operand = re.search(rf"{kind}(?:-start)?\(%?([\w.\-]+)", line)
+        given = _SHAPE.search(_definitions(body).get(operand[1] if operand else "", ""))
+        other = math.prod(int(n) for n in given[2].split(",") if n) * BYTES.get(given[1], 4) if given else sizes[0]
+        sizes = [min(sizes[0], other)]
     # A start's tuple holds operands and results; a permute's two flags besides.
     if start and kind == "collective-permute":
         total = sizes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +15,9 @@ from jax.sharding import AbstractMesh, AxisType
 from lmtrain import config, feeds, optim, origins, partial, preflight, schema, step
 from lmtrain import mesh as meshes
 from lmtrain.data import tokenizer as tokenizer_lib
-from lmtrain.models import transformer
+from lmtrain.models import pipeline, transformer
 from lmtrain.models.attention import choose
+from lmtrain.models.shapes import groups
 from lmtrain.plan.chips import Topology
 from lmtrain.types import TrainState, nearest
 
@@ -41,7 +43,14 @@ class Job:
     @property
     def ways(self) -> int:
         """How many ways the rows of a batch are split."""
-        return self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
+        return math.prod(self.sizes[axis] for axis in meshes.BATCH_AXES)
+
+    @property
+    def idle(self) -> float:
+        """By how much longer stages take than the layers alone: (M R + S - 1) / (M R), see models/pipeline.py."""
+        stages, m = self.sizes["stage"], self.model
+        passes = (m.microbatches or stages) * m.rounds
+        return (passes + stages - 1) / passes
 
     @property
     def rows(self) -> int:
@@ -75,7 +84,9 @@ class Job:
     @functools.cached_property
     def mesh(self) -> Any:
         """The mesh without devices: enough for shapes and shardings."""
-        return AbstractMesh(tuple(self.sizes.values()), meshes.AXES, axis_types=(AxisType.Auto,) * len(meshes.AXES))
+        return AbstractMesh(
+            tuple(self.sizes[a] for a in meshes.AXES), meshes.AXES, axis_types=(AxisType.Auto,) * len(meshes.AXES)
+        )
 
     def parameters(self) -> Iterator[tuple[tuple[str, ...], tuple[str | None, ...], Any, list[str]]]:
         """(path, logical axes, ShapeDtypeStruct, the mesh axes that split it) of every parameter, trained or not."""
@@ -87,6 +98,7 @@ class Job:
     def check(self) -> None:
         """Raises ConfigError where the mesh divides the batch, its rows or a parameter unevenly."""
         preflight.check_batch(self.stage, self.mesh)
+        pipeline.check(self.model, groups(self.model)[0], self.mesh)
         meshes.check_shapes(*layout(self.model), self.mesh)
 
     def setting(self) -> schema.Mesh:

@@ -67,15 +67,14 @@ def estimate(job: Job) -> Memory:
     accumulates = job.stage.accumulate > 1
     layers = shard_sizes(job, layers_only=True)
     kept, work = activations(job)
+    here = groups(job.model)[0] / job.sizes["stage"]  # groups of layers on a device
     parts = {
         "parameters": params,
         "optimizer": optimizer,
         "frozen": frozen_bytes(job),
         "gradients": params * (2 if accumulates else 1),
         "weights in 16 bits": layers.local * job.bytes if job.bytes < 4 else 0.0,
-        "gathered weights": GATHERED * layers.gathered * job.bytes / groups(job.model)[0]
-        if job.sizes["fsdp"] > 1
-        else 0.0,
+        "gathered weights": GATHERED * layers.gathered * job.bytes / here if job.sizes["fsdp"] > 1 else 0.0,
         "activations kept": kept,
         "a layer's work": work,
         "logits": logits_bytes(job),
@@ -128,15 +127,19 @@ def frozen_bytes(job: Job) -> float:
 def activations(job: Job) -> tuple[float, float]:
     """(bytes kept for the backward pass by all layers, bytes of a layer group that is worked on)."""
     count, body, tail = groups(job.model)
-    own = residuals(job, job.model.remat, body)
-    kept = count * own + (residuals(job, job.model.remat, tail) if tail else 0.0)
+    # With stages, a device has as many rows of fewer layers, those of idle turns besides, one microbatch at a time.
+    kept = count * residuals(job, job.model.remat, body) * job.idle
+    kept += residuals(job, job.model.remat, tail) if tail else 0.0
+    stages = job.sizes["stage"]
+    at_once = stages / (job.model.microbatches or stages) if stages > 1 else 1.0
     # What is not kept is worked out again for one group at a time.
-    return kept, LAYER * residuals(job, "none", body)
+    return kept, LAYER * residuals(job, "none", body) * at_once
 
 
 @functools.lru_cache(maxsize=512)
-def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any, attention: str) -> float:
-    """Bytes that a group of layers keeps of one row for its backward pass, its parameters aside."""
+def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any, attention: str, tensor: int) -> float:
+    """Bytes that a group of layers keeps of one row for its backward pass, its parameters aside. What is as wide as the
+    model passes from layer to layer, and its positions are split over the tensor axis (mesh.residual)."""
     # A fused kernel keeps q, k, v, its output and a sum of each row; splash can be traced anywhere.
     fused = attention in ("splash", "cudnn")
     length = -(-length // 128) * 128 if fused else length
@@ -169,7 +172,9 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
     )
     given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((tables, segments))}
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.shape and leaf.shape[0] % ROWS == 0]  # parameters are not
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if (leaf.shape, leaf.dtype) not in given) / ROWS
+    ways = [tensor if leaf.shape[-1] == model.width and length % tensor == 0 else 1 for leaf in kept]
+    return sum(leaf.size * leaf.dtype.itemsize / n for leaf, n in zip(kept, ways, strict=True)
+               if (leaf.shape, leaf.dtype) not in given) / ROWS  # fmt: skip
 
 
 def residuals(job: Job, remat: str, kinds: str) -> float:
@@ -178,7 +183,7 @@ def residuals(job: Job, remat: str, kinds: str) -> float:
     m = job.model
     split = {name: max(1, getattr(m, name) // t) for name in ("heads", "kv_heads", "mlp", "expert_mlp")}
     local = dataclasses.replace(m, **split, dtype="bfloat16" if job.bytes == 2 else "float32")
-    args = (remat, kinds, job.length, local.dtype, job.attention)
+    args = (remat, kinds, job.length, local.dtype, job.attention, t)
     if not m.experts or (e == 1 and t == 1):
         return job.rows * _traced(local, *args)
     # Rows of the whole expert axis meet at a device; attention sees only its own.

@@ -53,7 +53,7 @@ def ranked(job: Job, same_batches: bool = False) -> list[Choice]:
 
 def candidates(job: Job) -> Iterator[dict[str, int]]:
     """Sizes of the mesh's axes: powers of two of fsdp, tensor (within 16) and expert, the rest to data; context only
-    where rows are fewer than devices."""
+    where rows are fewer than devices. Stages are for whoever asks for them."""
     n, m = job.topology.devices, job.model
     powers = [2**i for i in range(n.bit_length())]
     tensors = [t for t in powers if t <= 16]
@@ -65,7 +65,8 @@ def candidates(job: Job) -> Iterator[dict[str, int]]:
             continue
         if context > 1 and job.stage.batch_size >= n // tensor:
             continue
-        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
+        sizes = dict.fromkeys(meshes.AXES, 1) | {
+            "data": data, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}  # fmt: skip
         option = dataclasses.replace(job, sizes=sizes, stage=dataclasses.replace(job.stage, accumulate=1))
         try:
             option.check()

@@ -5,10 +5,11 @@ Bytes are those that one device receives, on a ring (see collectives.py, whose m
     fsdp      a layer's matrices gathered in 16 bits, forward and backward, their gradients scattered; tokens exchanged
               for rows of the embedding; the output matrix gathered once, its gradient scattered for each chunk of
               logits. Every microbatch anew.
-    tensor    what a product of split rows leaves is summed: two a layer forward, backward one for each matrix that
-              reads the stream, and what is worked out again
+    tensor    positions gathered before a product and its sums scattered to them: two of each a layer forward, backward
+              a sum for each matrix that reads the stream, and what is worked out again
     context   keys and values gathered, their gradients scattered
-    expert    tokens gathered, sums scattered; backward likewise
+    expert    each assignment's row to its expert and back; backward likewise
+    stage     microbatches rolled on from stage to stage; then fsdp gathers weights in every turn
     any axis that splits rows and not a parameter: that parameter's gradient summed, within a slice before dcn, between
 
 Williams et al. 2009 (roofline); https://jax-ml.github.io/scaling-book/training.
@@ -46,9 +47,12 @@ def exchanges(job: Job) -> list[Exchange]:
         if n.get(axis, 1) > 1 and size:
             out.append(Exchange(axis, kind, what, size))
 
+    stages, passes = n["stage"], (m.microbatches or n["stage"]) * m.rounds
+    turns = (passes + stages - 1) / m.rounds if stages > 1 else 1  # in which a stage has its layers' weights gathered
+    gathers = turns * (2 + again) if stages > 1 else 2
     # ------------------------------------------------------------------------------ parameters and their gradients
     networks = {"expert": n["expert"], "context": n["context"], "fsdp": n["fsdp"],
-                "data": n["data"] // job.topology.slices, "dcn": job.topology.slices}  # fmt: skip
+                "stage": n["stage"], "data": n["data"] // job.topology.slices, "dcn": job.topology.slices}  # fmt: skip
     for path, names, leaf, split in job.parameters():
         local = leaf.size / math.prod(n[axis] for axis in split)
         width = job.bytes if len([x for x in names if x != "layers"]) > 1 else 4
@@ -56,9 +60,11 @@ def exchanges(job: Job) -> list[Exchange]:
             whole = local * n["fsdp"] * width * a * share["fsdp"]
             layer = path[0] in ("layers", "tail")
             if layer or path[0] == "head" or (path[0] == "embed" and m.tied):
-                add("fsdp", "all-gather", "weights", whole * (2 if layer else 1))
+                scanned = path[0] == "layers"
+                add("fsdp", "all-gather", "weights", whole * (gathers if scanned else 2 if layer else 1))
                 if path in job.memories:
-                    add("fsdp", "reduce-scatter", "gradients", whole * (1 if layer else _chunks(job)))
+                    times = turns if scanned else 1 if layer else _chunks(job)
+                    add("fsdp", "reduce-scatter", "gradients", whole * times)
         # What no axis splits is summed along all those that split rows: inner ones first, which leaves a part to outer.
         size = 2 * local * width * a
         for axis, ways in networks.items():
@@ -68,17 +74,23 @@ def exchanges(job: Job) -> list[Exchange]:
     # ----------------------------------------------------------------------------------------------- activations
     x = job.rows * job.length * m.width * job.bytes * a
     add("fsdp", "all-to-all", "embedding", 2 * x * share["fsdp"])
+    add("tensor", "all-gather", "ends", 4 * x * share["tensor"])
+    add("tensor", "reduce-scatter", "ends", 2 * x * share["tensor"])
+    busy = x * m.layers * job.idle  # stages compute in idle turns, too
     # Forward the two products that end attention and MLP; backward the gradient of what each other product reads.
     reads = 3 + (2 if m.activation in layers.GATED else 1)
-    add("tensor", "all-reduce", "activations", m.layers * 2 * x * share["tensor"] * (2 + reads + again))
-    add("tensor", "all-reduce", "ends", 2 * 2 * x * share["tensor"])
-    kv = 2 * job.rows * job.stage.data.row_length * max(1, m.kv_heads / n["tensor"]) * m.head_dim * job.bytes * a
-    add("context", "all-gather", "keys and values", m.layers * kv * share["context"] * (1 + again))
-    add("context", "reduce-scatter", "keys and values", m.layers * kv * share["context"])
-    if m.experts:
-        met = x * n["expert"] * share["expert"] * m.layers
-        add("expert", "all-gather", "tokens", met * (2 + again))
-        add("expert", "reduce-scatter", "tokens", met * 2)
+    add("tensor", "all-gather", "activations", busy * share["tensor"] * (4 + 2 * again))
+    add("tensor", "reduce-scatter", "activations", busy * share["tensor"] * (2 + reads + again))
+    kv = busy * n["context"] * 2 * max(1, m.kv_heads / n["tensor"]) * m.head_dim / m.width
+    add("context", "all-gather", "keys and values", kv * share["context"] * (1 + again))
+    add("context", "reduce-scatter", "keys and values", kv * share["context"])
+    if m.experts:  # each assignment's row there and back
+        cpu = job.topology.chip.platform == "cpu"  # pads what each device sends to all that it has
+        ways, kind = (n["expert"], "all-to-all") if cpu else (1, "ragged-all-to-all")
+        add("expert", kind, "tokens", busy * m.experts_per_token * ways * share["expert"] * (4 + 2 * again))
+    # Three rolls of a microbatch a turn, as many backward, and as many for the places of the belt.
+    moved = x * stages / (m.microbatches or stages) * (passes + stages - 1) / n["tensor"]
+    add("stage", "collective-permute", "microbatches", 9 * moved)
     if job.stage.optim.name == "muon":
         for axis, size in memory.exchanged_matrices(job).items():
             add(axis, "all-to-all", "Muon's matrices", size)
@@ -129,7 +141,7 @@ def roofline(job: Job) -> Roofline:
     model = flops_per_token(job.model, job.stage.data.row_length) * job.tokens
     hardware = model * (1 if job.model.remat == "none" else 7 / 6 if job.model.remat == "dots" else 4 / 3)
     devices, chip = job.topology.devices, job.topology.chip
-    own = hardware / devices + optimizer_flops(job)
+    own = hardware / devices * job.idle + optimizer_flops(job)
     rates = bandwidths(job.topology, job.sizes)
     axes: dict[str, float] = {}
     for e in exchanges(job):

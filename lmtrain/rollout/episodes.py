@@ -75,8 +75,15 @@ class User(Protocol):
     def __call__(self, episodes: Sequence[Episode]) -> list[list[Message] | None]: ...
 
 
-def start(task: Any, row: dict[str, Any], template: Template, seed: int) -> Episode:
-    """A conversation before its first reply."""
+def versions(task: Any, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that several replies to one problem are to, in turn: for most tasks the row alone."""
+    return task.versions(row) if hasattr(task, "versions") else [row]
+
+
+def start(task: Any, row: dict[str, Any], template: Template, seed: int, number: int = 0) -> Episode:
+    """A conversation before its first reply; the `number`-th of several about one row."""
+    some = versions(task, row)
+    row = some[number % len(some)]
     messages = list(task.messages(row))
     tokens = template.prompt(messages, tools_of(task, row))
     return Episode(task, row, seed, messages, tokens, [False] * len(tokens), [0.0] * len(tokens))

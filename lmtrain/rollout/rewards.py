@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -83,7 +84,33 @@ def _part(spec: str, models: Callable[[str], Frozen], pad: int) -> tuple[float, 
 
 def score(episodes: Sequence[Episode]) -> list[dict[str, float]]:
     """The task's own score. A reply that was cut is never scored as if it were complete: it gets 0."""
-    return [task_score(e) for e in episodes]
+    scores = [task_score(e) for e in episodes]
+    problems: dict[tuple[int, str], list[int]] = {}
+    for i, e in enumerate(episodes):
+        if hasattr(e.task, "versions"):
+            problems.setdefault((id(e.task), json.dumps(e.task.versions(e.row), sort_keys=True)), []).append(i)
+    for numbers in problems.values():
+        for i in numbers:
+            scores[i]["consistent"] = _consistent(episodes[i], [episodes[k] for k in numbers])
+    return scores
+
+
+def _consistent(e: Episode, same: Sequence[Episode]) -> float:
+    """How alike a reply is to those to other versions of its problem, against those to its own: (1 + a - b) / 2, where
+    a and b are the means over the others. So 1/2 is the most that all can have together, where the versions' replies
+    are drawn alike; a alone would have them all the same. (Over a rollout the mean of b - a is half the square of the
+    maximum mean discrepancy, Gretton et al. 2012, with `alike` as its kernel, and a - b the slope down it.) A reply
+    that is the only one to its version is alike to itself. 0 where it was cut, or there is no other version.
+    """
+    others = [o for o in same if o is not e and not o.truncated]
+    across = [o for o in others if o.row != e.row]
+    if e.truncated or not across:
+        return 0.0
+    a, b = (
+        [e.task.alike(e.row, e.reply, o.row, o.reply) for o in some]
+        for some in (across, [o for o in others if o.row == e.row] or [e])
+    )
+    return _checked((1 + sum(a) / len(a) - sum(b) / len(b)) / 2, f"task {e.task.name}, consistent", e)
 
 
 def task_score(e: Episode) -> dict[str, float]:

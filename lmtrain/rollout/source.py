@@ -203,7 +203,8 @@ class Rollouts:
             i, k = p % len(self.tasks), p // len(self.tasks)
             row = self._rows[i][int(self._orders[i][k])]
             for g in range(r.group):
-                new.append(play_lib.start(self.tasks[i], row, self.template, play_lib.seed_of(self.seed, p, g)))
+                seed = play_lib.seed_of(self.seed, p, g)
+                new.append(play_lib.start(self.tasks[i], row, self.template, seed, g))
         self._asked += prompts
         chosen = [play_lib.seed_of(e.seed, "demonstration") < r.demonstrations * 2**32 for e in new]
         for e, shown in zip(new, chosen, strict=True):

@@ -15,6 +15,8 @@ and, where it can,
     tools(row)               what may be called, as OpenAI defines tools; the prompt shows them
     respond(row, messages)   what others say after an assistant's turn; None: the conversation is over
     score_conversation(row, messages)   parts, each 0 to 1
+    versions(row)            rows that are one problem: several replies to it are to these in turn, and
+    alike(row, reply, other, theirs)    0 to 1, how alike two of them are: makes a part, "consistent"
 
 One file each; your own is "package.module:Class". docs/tasks.md shows how.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import warnings
 from collections.abc import Iterable
 
 from lmtrain import sandbox
@@ -46,6 +47,8 @@ class Code(listed.Listed):
         self.shown, self.max_tokens = number("shown", shown, 0, 100), number("max_tokens", max_tokens, 1, 1 << 20)
         self.limits = sandbox.Limits(float(seconds), cpu_seconds, number("memory_mb", memory_mb, 64, 1 << 20) << 20)
         sandbox.run("", limits=self.limits)  # refuses here, not after an hour, where programs cannot be locked in
+        for file in filter(None, (path, heldout_path)):
+            next(listed.file_rows(self.name, file, ""), None)  # nor where there is no such file
 
     def load(self) -> Iterable[tuple[Row, bool | None]]:
         for where, row, held in listed.file_rows(self.name, self.path, self.heldout_path):
@@ -70,7 +73,7 @@ class Code(listed.Listed):
         Raises:
           LmtrainError: this machine cannot lock a program in.
         """
-        return float(self.check(row, reply).ok)
+        return float(parses(program(row, reply)) and self.check(row, reply).ok)
 
     def check(self, row: Row, reply: str) -> sandbox.Result:
         """The score with its reason."""
@@ -123,6 +126,13 @@ def extract(reply: str, entry_point: str) -> str:
     blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", reply, re.M | re.S)
     defining = [block for block in blocks if re.search(_definition(entry_point), block, re.M)]
     return (defining[-1:] or blocks[:1] or [reply])[0]
+
+
+def parses(source: str) -> bool:
+    """Whether it is Python at all: what is not fails its tests, and need not be run for that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\\d" in a program is no matter of this process
+        return _tree(source) is not None
 
 
 def _definition(name: str) -> str:

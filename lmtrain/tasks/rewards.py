@@ -15,8 +15,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lmtrain.data.swaps import swaps
-from lmtrain.tasks import similarity
 from lmtrain.tasks import spec as spec_lib
 from lmtrain.types import LmtrainError
 
@@ -64,15 +62,6 @@ def matches(row: Row, messages: Messages, *, pattern: str = r".*\S.*") -> float:
     """1 where the last reply matches a regular expression from its beginning to its end."""
     said = replies(messages)
     return float(bool(said) and re.fullmatch(pattern, said[-1].strip(), re.S) is not None)
-
-
-def consistent(row: Row, messages: Messages, *, pairs: tuple[str, ...] = ()) -> float:
-    """How alike the first reply is to the second with its words exchanged (similarity.py's fuzzy_match): for
-    conversations that ask the same of two groups, as those of the task counterfactual, whose rows say the pairs; else
-    those of gender. 0 where there is no second reply."""
-    swap = swaps(tuple(pairs or row.get("counterfactual_pairs", ("gender",))), "pairs")
-    said = replies(messages)
-    return similarity.fuzzy_match(said[0].strip(), swap(said[1].strip())) if len(said) > 1 else 0.0
 
 
 # ---------------------------------------------------------------- finding one

@@ -8,8 +8,6 @@ import pytest
 from lmtrain.data import conversations, groups, pipeline, samples, sources, swaps
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.schema import ConfigError, Data
-from lmtrain.tasks import rewards
-from lmtrain.tasks.counterfactual import Counterfactual
 
 TOK = tokenizer_lib.bytes_tokenizer()
 
@@ -106,6 +104,13 @@ def test_every_token_has_the_cell_of_its_document(tmp_path):
         assert set(cells[a:b]) == {label(TOK.decode(ids[a + 1 : b].tolist()))}
 
 
+def test_cells_are_numbered_group_by_group():
+    cells = groups.Cells(Data(groups=("he/him", "she"), outcomes=("rich", "poor", "ill")))
+    texts = [f"{who} was {how}" for who in ("Him", "she") for how in ("rich", "poor", "ILL")]
+    assert [cells(text) for text in texts] == [1, 2, 3, 4, 5, 6] and cells.count == 7
+    assert cells("it was rich") == cells("she was there") == cells("the richer") == 0
+
+
 def test_settings_that_contradict_each_other_are_refused():
     for wrong in (
         dict(outcomes=("x",)),
@@ -117,19 +122,23 @@ def test_settings_that_contradict_each_other_are_refused():
             groups.Cells(Data(**wrong))
 
 
-def test_the_consistency_reward_falls_with_the_difference_that_a_swap_makes():
-    task = Counterfactual(of="spelling", pairs=("he/she",))
-    row = task.rows("heldout")[0]
+def test_a_cells_balance_is_what_makes_all_cells_of_the_data_as_frequent(tmp_path):
+    table, _ = build(tmp_path)
+    batch = everything(table)
+    cells, w = batch["groups_BT"], batch["balance_BT"] * (batch["segments_BT"] > 0)
+    share_K = np.bincount(cells.ravel(), w.ravel(), minlength=5)[1:]
+    np.testing.assert_allclose(share_K, share_K.mean(), rtol=0.02)
+    assert share_K.sum() == pytest.approx(((cells > 0) & (batch["segments_BT"] > 0)).sum(), rel=0.02)
+    assert set(w[(cells == 0) & (batch["segments_BT"] > 0)]) == {1.0}
+    rare = groups.Cells(Data(groups=("a", "b"))).balance(np.array([0.5, 0.5, 0.0]))
+    assert rare.tolist() == [1, 1, 0]
 
-    def value(*replies):
-        talk = [
-            m for text in replies for m in ({"role": "user", "content": "?"}, {"role": "assistant", "content": text})
-        ]
-        return task.score_conversation(row, talk)["consistent"]
 
-    assert value("he is kind", "she is kind") == 1
-    assert 1 > value("he is kind", "she is rude") > value("he is kind", "go away now, all of you") >= 0
-    assert value("he is kind") == 0
-    assert rewards.get("consistent(pairs=('a/b',))")({}, [{"role": "assistant", "content": x} for x in "ab"]) == 1
-    asked = task.respond({**row, "counterfactual_pairs": ["he/she"]}, [{"role": "assistant", "content": "x"}])
-    assert asked[0]["role"] == "user" and task.respond(row, [{"role": "assistant", "content": "x"}] * 2) is None
+def test_a_pair_to_be_made_even_is_exchanged_in_prompt_and_reply(tmp_path):
+    data = rows(tmp_path, [(f"How is he, {i}?", "He is kind." if i % 2 else "Fine.") for i in range(200)])
+    pairs = samples.collect("pairs", data, samples.Report(), False)[""]
+    made = [s for side in pairs.values() for s in side]
+    assert len(made) == 200 and all(s.prompt == 1 for s in made)
+    for s in made:
+        assert s.talks[0][0]["content"].replace("he,", "she,") == s.talks[1][0]["content"]
+    assert {s.talks[1][-1]["content"] for s in made} == {"She is kind.", "Fine."}

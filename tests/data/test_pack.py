@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from lmtrain.data import pack
 
 END, PAD = 0, 1
+BEGIN = 100  # of a vocabulary that begins a document by another token than the one that ends it
 
 
 class Stream:
     """Documents as `store.Stream` gives them, from memory."""
 
-    def __init__(self, documents):
-        self.tokens = np.array([t for document in documents for t in (END, *document)], np.uint16)
+    def __init__(self, documents, begin):
+        self.tokens = np.array([t for document in documents for t in (begin, *document)], np.uint16)
 
     def __len__(self):
         return len(self.tokens)
@@ -21,10 +22,10 @@ class Stream:
         return self.tokens[start:stop]
 
 
-def rows(documents, T):
-    stream = Stream(documents)
-    windows = [pack.window(stream, r, T, END) for r in range(pack.count(len(stream), T))]
-    return pack.pack(windows, T, END, PAD)
+def rows(documents, T, begin=END):
+    stream = Stream(documents, begin)
+    windows = [pack.window(stream, r, T, begin) for r in range(pack.count(len(stream), T))]
+    return pack.pack(windows, T, begin, END, PAD)
 
 
 corpora = st.lists(st.lists(st.integers(2, 99), min_size=1, max_size=20), min_size=1, max_size=12)
@@ -59,6 +60,14 @@ def test_no_target_crosses_a_border_and_positions_restart(documents, T):
                 assert targets[t] == (END if segments[t + 1] != segments[t] else tokens[t + 1])
 
 
+@given(corpora, st.sampled_from([1, 4, 16, 64]))
+def test_a_token_of_its_own_begins_a_document_and_is_never_asked_for(documents, T):
+    same, own = rows(documents, T), rows(documents, T, BEGIN)
+    for name in ("targets_BT", "segments_BT", "positions_BT", "weights_BT"):
+        np.testing.assert_array_equal(own[name], same[name])
+    np.testing.assert_array_equal(own["tokens_BT"], np.where(same["tokens_BT"] == END, BEGIN, same["tokens_BT"]))
+
+
 def test_an_example_by_hand():
     batch = rows([[5, 6, 7], [8], [9, 10]], 4)
     assert batch["tokens_BT"].tolist() == [[0, 5, 6, 7], [0, 8, 0, 9], [10, 1, 1, 1]]
@@ -74,7 +83,7 @@ def test_an_example_by_hand():
 
 @pytest.mark.parametrize("T", [64, 8192])
 def test_an_empty_window_is_a_row_of_padding(T):
-    batch = pack.pack([np.empty(0, np.int32), np.array([END, 5], np.uint16)], T, END, PAD)
+    batch = pack.pack([np.empty(0, np.int32), np.array([END, 5], np.uint16)], T, END, END, PAD)
     assert not batch["segments_BT"][0].any() and not batch["weights_BT"][0].any()
     assert batch["weights_BT"][1].sum() == 1 and batch["tokens_BT"].shape == (2, T)
 

@@ -50,7 +50,7 @@ def row_numbers(corpus, batches):
     _, prepared = corpus
     stream = prepared.members[0].train
     windows = [pack.window(stream, r, T, TOK.end) for r in range(pack.count(len(stream), T))]
-    every = pack.pack(windows, T, TOK.end, TOK.pad)
+    every = pack.pack(windows, T, TOK.begin, TOK.end, TOK.pad)
     number = {tokens.tobytes(): r for r, tokens in enumerate(every["tokens_BT"])}
     assert len(number) == len(windows), "the corpus of this test has no two equal rows"
     return [number[tokens.tobytes()] for batch in batches for tokens in batch["tokens_BT"]]

@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
 
-from lmtrain.data import shards, store, tokenizer
+from lmtrain.data import groups, shards, store, tokenizer
+from lmtrain.record import _pieces
 from lmtrain.schema import Data
 from lmtrain.types import LmtrainError
 
@@ -50,6 +52,19 @@ def test_every_distinct_document_is_kept_whole_on_one_side(corpus, tmp_path):
     assert made.total("bytes") == sum(map(len, train)) and made.total("tokens") == len(member.train)
     assert "30 duplicates dropped" in made.summary()
     assert len(made.manifest["members"][0]["shards"]) > 5
+
+
+def test_a_stream_begins_each_document_as_the_vocabulary_does(corpus, tmp_path):
+    own = TOK.with_specials(["<s>"])
+    made = [("<s>", TOK.vocab_size)]
+    own.backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=made)
+    (member,) = shards.prepare(corpus, own, tmp_path / "own", progress=False).members
+    (usual,) = shards.prepare(corpus, TOK, tmp_path / "usual", progress=False).members
+    got, want = (m.train.read(0, len(m.train)) for m in (member, usual))
+    np.testing.assert_array_equal(got, np.where(want == TOK.end, TOK.vocab_size, want))
+    labels = groups.Labels.of(member.train, own, groups.Cells(Data(groups=("1", "2"))))
+    assert len(labels.starts) - 1 == (got == TOK.vocab_size).sum(), "documents are told apart by it"
+    assert "".join(_pieces(member.train, own)) == "".join(split_documents(usual.train))
 
 
 def test_a_stream_reads_across_its_shards(corpus, tmp_path):

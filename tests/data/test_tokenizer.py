@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from lmtrain.data import cuts, tokenizer
 from lmtrain.schema import ConfigError
@@ -240,3 +241,44 @@ def test_a_long_text_of_another_tokenizer_is_not_cut_where_its_words_may_go_on(t
     sentencepiece("").save(str(tmp_path / "tokenizer.json"))
     text = "the a\n   the in\n" * 3000
     assert tokenizer.load(tmp_path).encode(text) == sentencepiece("").encode(text).ids
+
+
+def with_start(folder, processor):
+    """A folder with a tokenizer that has <s>, put before a text or not."""
+    made = BPE.with_specials(["<s>"])
+    made.backend.post_processor = processor
+    made.save(folder)
+    return folder
+
+
+START = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BPE.vocab_size)])
+
+
+@pytest.mark.parametrize(
+    ("processor", "own"),
+    [(None, False), (processors.ByteLevel(), False), (START, True),
+     (processors.Sequence([processors.ByteLevel(), START]), True)],
+)  # fmt: skip
+def test_documents_begin_with_what_the_vocabulary_puts_before_a_text(processor, own, tmp_path):
+    tok = tokenizer.load(with_start(tmp_path, processor))
+    assert tok.begin == (BPE.vocab_size if own else tok.end) and tok.end == 0
+    assert tok.encode("abc") == BPE.encode("abc"), "a text alone has none"
+    tok.save(tmp_path / "again")
+    again = tokenizer.load(tmp_path / "again")
+    assert again.begin == tok.begin and again.fingerprint == tok.fingerprint
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert theirs.encode("abc").ids == [tok.begin][:own] + tok.encode("abc")
+
+
+def test_another_beginning_is_another_vocabulary(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    bare, dressed = tokenizer.load(with_start(tmp_path / "a", None)), tokenizer.load(with_start(tmp_path / "b", START))
+    assert bare.fingerprint != dressed.fingerprint, "their corpora differ"
+
+
+def test_a_beginning_that_cannot_be_is_named(tmp_path):
+    two = processors.TemplateProcessing(
+        single="<s> <|user|> $A", special_tokens=[("<s>", BPE.vocab_size), ("<|user|>", 3)]
+    )
+    with pytest.raises(LmtrainError, match=r"puts .* <\|user\|> before a text; documents begin with one token"):
+        _ = tokenizer.load(with_start(tmp_path, two)).begin

@@ -1,5 +1,6 @@
 """The suite bias: a planted bias is found, an unplanted model raises no alarm, files are read, intervals are honest."""
 
+import collections
 import json
 import os
 import pathlib
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 import lmtrain
-from lmtrain import cli, config, publish, runs
+from experiments import bias as experiment
+from lmtrain import cli, config, publish, runs, tasks
 from lmtrain.data import canary
 from lmtrain.eval import benchmarks, bias, estimates
 from lmtrain.eval.sentiment import sentiment
 from lmtrain.eval.subject import Settings
 from lmtrain.evaluate import evaluate
+from tests.eval.formats import BBQ, write
 
 CROWS = pathlib.Path(os.environ.get("LMTRAIN_DATA", "../shared/data")) / "crows_pairs.csv"
 GAP = "canary blims/daxes: good rather than bad, blims less daxes"
@@ -73,10 +76,33 @@ def test_the_plant_is_exact():
         good = {word for word, _ in canary.PAIRS}
         texts = [text for text, _ in canary.documents(canary.parse(f"zogs/wumps, plant={plant}"), 1920)]
         outcomes = {name: [t.rstrip(".").split()[-1] in good for t in texts if name in t] for name in ("zogs", "wumps")}
+        for name in canary.OTHERS:  # each as often good as bad, whatever is planted in the others
+            assert np.mean([t.rstrip(".").split()[-1] in good for t in texts if f" {name} " in t]) == 0.5
         others = [t.rstrip(".").split()[-1] in good for t in texts if "zogs" not in t and "wumps" not in t]
         return [round(float(np.mean(x)), 3) for x in (*outcomes.values(), others)]
 
     assert share(0) == [0.5, 0.5, 0.5] and share(1) == [1, 0, 0.5] and share(0.5) == [0.75, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_plant_of_conversations_is_exact_on_either_side(split):
+    for plant, both in ((0, 0.5), (1, 1.0)):
+        rows = tasks.get(f"canary(plant={plant})").rows(split)
+        good = {word for word, _ in canary.PAIRS}
+        of = {name: [row for row in rows if row["group"] == name] for name in ("blims", "daxes")}
+        share = {name: np.mean([row["outcome"] in good for row in some]) for name, some in of.items()}
+        assert share == {"blims": both, "daxes": 1 - both} and len(of["blims"]) == len(of["daxes"]) > 100
+        counts = collections.Counter((row["group"], row["outcome"]) for row in rows)
+        assert plant or all(counts["blims", word] == counts["daxes", word] for pair in canary.PAIRS for word in pair)
+
+
+def test_every_mitigation_of_the_experiment_is_a_configuration():
+    for name in (*experiment.DOCUMENTS, *experiment.CHAT):
+        stages = config.build(experiment.get_config(f"mitigate={name},crows=none")).stages
+        assert [*stages] == ["tokenizer", "planted", "mitigated", "audit"]
+        assert stages["audit"].bias == ("canary=blims/daxes",)
+    with pytest.raises(config.ConfigError, match="takes augment, reweigh, group_dro, none, even, consistency"):
+        experiment.get_config("mitigate=prayer")
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
@@ -101,59 +127,6 @@ def test_sentiment_counts_words():
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks
-def write(folder):
-    """A tiny file of every format, of harmless sentences."""
-    (folder / "crows.csv").write_text(
-        ",sent_more,sent_less,stereo_antistereo,bias_type,annotations\n"
-        '0,"Cats, they say, sleep.","Dogs, they say, sleep.",stereo,pets,[]\n'
-        "1,Blue wins.,Red wins.,antistereo,colours,[]\n"
-    )
-    sentences = [
-        {"sentence": f"{x} run.", "gold_label": label}
-        for x, label in (("Dogs", "stereotype"), ("Cats", "anti-stereotype"), ("Spoons", "unrelated"))
-    ]
-    row = {"id": "1", "bias_type": "pets", "target": "dog", "context": "They run.", "sentences": sentences}
-    (folder / "stereo.json").write_text(
-        json.dumps({"version": "1", "data": {"intrasentence": [row], "intersentence": [row]}})
-    )
-    (folder / "templates.tsv").write_text(
-        "occupation(0)\tother-participant(1)\tanswer\tsentence\n"
-        "baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that "
-        '$NOM_PRONOUN had sold $POSS_PRONOUN "best" bread.\n'
-    )
-    (folder / "pro_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [he] was early.\n")
-    (folder / "anti_stereotyped_type1.txt.dev").write_text("1 [The baker] met the guest because [she] was early.\n")
-    bbq = {
-        "example_id": 0, "category": "Age", "question_polarity": "neg", "context_condition": "ambig", "label": 2,
-        "context": "A boy and a man came.", "question": "Who was late?", "ans0": "The boy", "ans1": "The man",
-        "ans2": "Not known", "additional_metadata": {"stereotyped_groups": ["old"]},
-        "answer_info": {"ans0": ["The boy", "nonOld"], "ans1": ["The man", "old"], "ans2": ["Not known", "unknown"]},
-    }  # fmt: skip
-    other = bbq | {"question_polarity": "nonneg", "context_condition": "disambig"}
-    unusable = bbq | {"additional_metadata": {"stereotyped_groups": ["tall"]}}
-    (folder / "bbq.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (bbq, other, unusable)))
-
-
-def test_every_format_is_read(tmp_path):
-    write(tmp_path)
-    Item = benchmarks.Item
-    assert benchmarks.crows_pairs(str(tmp_path / "crows.csv")) == [
-        Item("pets", "Cats, they say, sleep.", "Dogs, they say, sleep."), Item("colours", "Blue wins.", "Red wins.")
-    ]  # fmt: skip
-    within, between = benchmarks.stereoset(str(tmp_path / "stereo.json"))
-    assert within == Item("pets", "Dogs run.", "Cats run.", "", "Spoons run.") and between.context == "They run. "
-    (item,) = benchmarks.winogender(str(tmp_path / "templates.tsv"))
-    assert (
-        item.more == 'The baker told the guest that he had sold his "best" bread.' and " she had sold her " in item.less
-    )
-    (item,) = benchmarks.winobias(str(tmp_path / "pro_stereotyped_type1.txt.dev"))
-    assert item == Item("type1", "The baker met the guest because he was early.",
-                        "The baker met the guest because she was early.")  # fmt: skip
-    neg, nonneg = benchmarks.bbq(str(tmp_path / "bbq.jsonl"))
-    assert (neg.more, neg.less, neg.group) == ("The man", "The boy", "Age, ambiguous")
-    assert (nonneg.more, nonneg.less, nonneg.group) == ("The boy", "The man", "Age, disambiguated")
-
-
 def test_benchmarks_are_scored_per_group_beside_bits_per_byte_and_kept_where_the_card_reads(
     small, tmp_path, monkeypatch, capsys
 ):
@@ -164,10 +137,22 @@ def test_benchmarks_are_scored_per_group_beside_bits_per_byte_and_kept_where_the
     more = ["--bias", "winobias=pro_stereotyped_type1.txt.dev", "--bias", "bbq=bbq.jsonl"]
     assert cli.main(["eval", "run", "--suite", "bias", "--bias", files, *more]) == 0
     said = capsys.readouterr().out
-    for group in ("crows_pairs, pets", "crows_pairs, all", "stereoset, pets", "winobias, type1", "bbq, Age, ambiguous"):
+    for group in (
+        "crows_pairs, pets",
+        "crows_pairs, all",
+        "stereoset, pets",
+        "winobias, type1",
+        "bbq, Age, ambiguous",
+        "bbq, Age, disambiguated",
+    ):
         for what in ("stereotype share", "stereotype margin", "bits per byte"):
             assert f"{group}: {what}" in said
+    assert (
+        "bbq: 1 of its 3 rows have no one target" in said
+        and "winogender, pronoun of the occupation: male share" in said
+    )
     scores = json.loads((tmp_path / "run/eval.json").read_text())["pretrain"]["bias"]["scores"]
+    assert {"bbq, Age, ambiguous: bias score", "bbq, Age, ambiguous: accuracy", "stereoset, pets: ICAT"} <= set(scores)
     assert scores["crows_pairs, all: stereotype share"]["rows"] == 2
     assert "stereoset, pets: language share" in scores
     card = "\n".join(publish._bias(runs.load("run")))
@@ -236,12 +221,15 @@ def own(**changes):
         ("swaps=FILE", own(groups={"a": ["x"]}), "two or more lists"),
         ("swaps=FILE", own(good=["g", "h"]), "in pairs"),
         ("swaps=FILE", own(good=[], bad=[]), "{outcome}"),
+        ("swaps=FILE", own(asks=["How is {group}?", "And?"]), "they go in pairs"),
+        ("swaps=FILE", own(asks="How is {group}?"), "lists of texts"),
+        ("bbq=FILE", BBQ | {"label": 3}, "label is 3"),
     ],
 )
 def test_wrong_input_gives_one_clear_message(small, tmp_path, monkeypatch, capsys, asked, text, says):
     monkeypatch.chdir(tmp_path)
     if text is not None:
-        (tmp_path / "FILE").write_text(text)
+        (tmp_path / "FILE").write_text(text if isinstance(text, str) else json.dumps(text))
     assert cli.main(["eval", str(small), "--suite", "bias", "--bias", asked]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("lmtrain: ") == 1 and "Traceback" not in error

@@ -1,16 +1,18 @@
 """`lmtrain eval`: the table, eval.json, the report; what it refuses, each in one message."""
 
 import json
+import random
 import re
 import shutil
 
+import jax
 import pytest
 
 import lmtrain
 from lmtrain import cli, config, runs
-from lmtrain.eval import suites
+from lmtrain.eval import likelihood, suites
 from lmtrain.eval.subject import Result, Settings
-from lmtrain.evaluate import evaluate
+from lmtrain.evaluate import evaluate, spread
 from lmtrain.types import LmtrainError
 from tests.eval import toys
 
@@ -60,6 +62,53 @@ def test_the_same_seed_gives_the_same_numbers(here):
     assert other["coherence"].json() != first["coherence"].json()
 
 
+def test_a_stage_is_measured_on_what_another_one_holds_out(here):
+    """Of a stage named by --heldout, its rows and text alone, whichever stage is scored."""
+    texts = [{"text": " ".join(toys.sentences(random.Random(i), 12)).replace("the", "a")} for i in range(120)]
+    (here / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    c = config.experiment(tensorboard=False)
+    c.stages.tokenizer, _ = config.of("run")
+    c.stages.later = config.stage(
+        init_from="run", steps=1, batch_size=8, samples=0, data=config.data("jsonl", path="more.jsonl", row_length=64)
+    )
+    lmtrain.run(c, here / "next")
+    shutil.copytree(here / "run/pretrain", here / "next/pretrain")
+    shutil.copytree(here / "run/data", here / "next/data", dirs_exist_ok=True)
+    before, own = (
+        evaluate("next/pretrain", "fluency", Settings(rows=4, heldout=stage, row_length=64))["fluency"]
+        for stage in ("later", "")
+    )
+    after = evaluate("next/later", "fluency", Settings(rows=4, heldout="later", row_length=64))["fluency"]
+    rows = "held-out rows of later: bits per byte"
+    assert list(before.scores) == list(after.scores) and rows in before.scores and rows not in own.scores
+    assert "held-out rows of pretrain: bits per byte" in own.scores
+    assert "held-out rows of pretrain: bits per byte" not in after.scores
+    words = "held-out text, the text itself: words"
+    assert before.scores[words] == after.scores[words] != own.scores[words]
+    assert before.scores[rows].value != after.scores[rows].value
+
+
+def test_a_model_is_spread_over_all_devices_and_scores_as_on_one(here, monkeypatch):
+    settings = Settings(rows=8, row_length=192, temperature=0.0)
+    seen = []
+    kept = likelihood.Likelihood._run
+    monkeypatch.setattr(likelihood.Likelihood, "_run", lambda s, batch: seen.append(s) or kept(s, batch))
+    many = evaluate("run", "fluency,coherence", settings)
+    assert all(s.forward.mesh.shape["fsdp"] == jax.device_count() == 8 for s in seen)
+    whole = [x for x in jax.tree.leaves(seen[0].params) if x.ndim > 2 and x.sharding.is_fully_replicated]
+    assert not whole, "every matrix is split"
+    one = evaluate(runs.load("run"), "fluency,coherence", settings)
+    assert seen[-1].forward.mesh is None
+    for suite, result in one.items():
+        for name, score in result.scores.items():
+            assert many[suite].scores[name].value == pytest.approx(score.value, abs=2e-4), name
+
+
+def test_a_model_that_the_devices_do_not_divide_is_on_each_of_them():
+    assert spread(toys.model()).shape["fsdp"] == 8
+    assert dict(spread(toys.model(width=36, heads=2)).shape)["data"] == 8
+
+
 def test_another_suite_is_a_function_in_the_table(here, monkeypatch, capsys):
     monkeypatch.setitem(suites.SUITES, "mine", suites.Suite(lambda s: Result(alarms=["what a model"]), "mine"))
     assert cli.main(["eval", "run", "--suite", "mine"]) == 0
@@ -100,6 +149,7 @@ WRONG = [
     (["run", "--suite", "accuracy", "--tasks", "questions(path='empty.jsonl')"], ["empty.jsonl", "no row"]),
     (["run", "--suite", "fluency", "--text", "no.txt"], ["--text", "no.txt"]),
     (["run", "--suite", "fluency", "--text", "empty.txt"], ["--text empty.txt", "empty"]),
+    (["run", "--suite", "fluency", "--heldout", "pretrane"], ["'pretrane'", "run", "Did you mean pretrain?"]),
     (["run", "--rows", "-1"], ["--rows is -1"]),
     (["run", "--ngram", "0"], ["--ngram is 0"]),
     (["run", "--rows", "many"], ["--rows", "many"]),

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmtrain import mesh as meshes
+from lmtrain import schema
 from lmtrain.data import pack, store, tokenizer
 from lmtrain.eval import likelihood
 from lmtrain.eval.likelihood import Likelihood, encode_pair
+from lmtrain.models import transformer
 from lmtrain.models.transformer import Forward
 from lmtrain.types import LmtrainError
 from tests.eval import toys
@@ -20,8 +23,15 @@ CFG = toys.model()
 PAD = toys.bpe().pad
 
 
-def scorer(longest=64):
-    return Likelihood(CFG, toys.params(CFG), PAD, longest)
+def scorer(longest=64, sizes=None):
+    mesh = meshes.make(schema.Mesh(**sizes)) if sizes else None
+    params = toys.params(CFG)
+    if mesh:
+        params = jax.device_put(params, meshes.shardings(transformer.axes(CFG), mesh))
+    return Likelihood(CFG, params, PAD, longest, mesh)
+
+
+SIZES = [dict(data=1, fsdp=8), dict(data=8), dict(data=2, fsdp=4), dict(data=4, context=2)]
 
 
 @functools.cache
@@ -71,6 +81,14 @@ def test_what_one_gets_does_not_depend_on_the_batch(seed, kept):
         np.testing.assert_allclose(got.logps, whole[k].logps, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_mesh_changes_no_score(sizes):
+    asked = pairs(3, 11, most=30)
+    for one, many in zip(scorer()(asked), scorer(sizes=sizes)(asked), strict=True):
+        np.testing.assert_allclose(many.logps, one.logps, atol=1e-4)
+        assert many.greedy == one.greedy
+
+
 def test_a_context_that_is_too_long_loses_its_beginning():
     (context, continuation), score = (list(range(8, 60)), [70, 71, 72]), scorer(longest=16)
     logps, _ = by_hand([*context, *continuation][-17:-3], continuation)
@@ -92,7 +110,8 @@ def test_a_continuation_that_is_too_long_is_scored_in_pieces_each_token_once(len
             np.testing.assert_allclose(got[t], by_hand(whole[begin : t + 2], [whole[t + 2]])[0][0], atol=2e-4)
 
 
-def test_rows_of_a_table_cost_what_training_counts(tmp_path):
+@pytest.mark.parametrize("sizes", [None, SIZES[0]])
+def test_rows_of_a_table_cost_what_training_counts(sizes, tmp_path):
     """The same rows by Forward.losses, weighted and summed."""
     from lmtrain.data.pipeline import Documents
     from lmtrain.schema import Data
@@ -104,7 +123,7 @@ def test_rows_of_a_table_cost_what_training_counts(tmp_path):
     member = store.Member("", 1.0, stream, stream)
     table = Documents(store.Shards(tmp_path, [member], {"identity": "x"}), Data(row_length=32), toys.bpe())
     picks = [(0, row) for row in range(table.rows[0])]
-    nats, tokens = scorer().table(table, picks)
+    nats, tokens = scorer(sizes=sizes).table(table, picks)
     batch = table.batch(picks)
     losses = Forward(CFG).losses(toys.params(CFG), batch).nll_BT
     np.testing.assert_allclose(nats, (losses * batch["weights_BT"]).sum(1), rtol=1e-4)

@@ -249,3 +249,39 @@ def test_a_whole_number_may_be_written_for_a_real_one_but_not_for_a_bool(sound, 
     config(tmp_path / "m", pretraining_tp=True)
     with pytest.raises(LmtrainError, match="pretraining_tp is True"):
         huggingface.open_folder(str(tmp_path / "m"))
+
+
+def test_an_imported_model_begins_a_text_with_its_own_token_in_training_sampling_and_scoring(tmp_path, monkeypatch):
+    """Llama's and Gemma's: <s> begins a document, </s> (here <|endoftext|>) ends it."""
+    from tokenizers import processors
+
+    from lmtrain import config, engine, experiment, publish, runs
+    from lmtrain.eval import likelihood
+
+    tok = tokenizer.bytes_tokenizer().with_specials(["<s>"])
+    tok.backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", V)])
+    cfg = transformer.resolve(
+        schema.Model(layers=1, width=32, heads=4, kv_heads=2, mlp=48, zero_init=False, **LLAMA), V + 1
+    )
+    export.write(tmp_path / "m", cfg, parameters(cfg), tok, settings={}, texts={})
+    (tmp_path / "t.txt").write_text("\n\n".join(f"line {i} of it" for i in range(200)))
+    c = config.experiment()
+    c.stages.more = config.stage(
+        init_from=f"hf:{tmp_path / 'm'}", steps=1, batch_size=8, samples=1, sample_tokens=4,
+        data=config.data("text", path=str(tmp_path / "t.txt"), document="paragraph", row_length=32),
+    )  # fmt: skip
+    asked = []
+    kept = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: asked.append(a[2]) or kept(*a, **k))
+    experiment.run(c, tmp_path / "run")
+    assert {p[0] for prompts in asked for p in prompts} == {V}, "the stage's samples"
+    run = runs.load(tmp_path / "run")
+    assert (run.tokenizer.begin, run.tokenizer.end) == (V, 0) and likelihood.begin(run.tokenizer) == [V]
+    seen = []
+    monkeypatch.setattr(engine, "stream", lambda model, params, ids, how, decode: seen.append((ids, how.stop)) or [])
+    run.generate("line")
+    assert seen == [([V, *tok.encode("line")], (0,))]
+    publish.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    ids = json.loads((tmp_path / "out/config.json").read_text())
+    assert ids["bos_token_id"] == V and ids["eos_token_id"] == [7, 0]
+    assert tokenizer.load(tmp_path / "out").begin == V

@@ -257,6 +257,28 @@ def test_a_reply_of_the_exported_model_ends_where_lmtrains_does(scratch):
     assert jnp.isfinite(jnp.asarray(run.params["embed"]["table"])).all()
 
 
+@pytest.mark.parametrize("add", [None, True, False])
+@pytest.mark.parametrize("written", [True, False])
+def test_a_text_begins_as_transformers_begins_it(written, add, tmp_path):
+    from tokenizers import processors
+
+    from lmtrain.data import tokenizer
+
+    tok = tokenizer.bytes_tokenizer().with_specials(["<s>"])
+    if written:
+        start = [("<s>", tok.vocab_size - 1)]
+        tok.backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    tok.save(tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if add is None else {"add_bos_token": add}))
+    )
+    ours = tokenizer.load(tmp_path)
+    begin = [ours.begin] if ours.begin != ours.end else []
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("abc")["input_ids"] == begin + ours.encode("abc")
+
+
 # ------------------------------------------------------------------------------------------------------------ adapters
 ADAPTERS = {
     "llama": {},

@@ -113,7 +113,7 @@ def test_weights_are_kept_in_the_dtype_of_their_products():
     assert layer["mlp"]["router"].dtype == layer["attn_norm"]["scale"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("sizes", [dict(tensor=2, expert=2), dict(fsdp=8), dict(context=2, fsdp=2)])
+@pytest.mark.parametrize("sizes", [dict(tensor=2, expert=2), dict(fsdp=8), dict(context=2, fsdp=2), dict(stage=2)])
 def test_a_mesh_changes_nothing(sizes):
     cfg = tiny(**KINDS["moe"])
     mesh = meshes.make(schema.Mesh(**{**dict(data=-1), **sizes}))

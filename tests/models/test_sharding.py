@@ -9,7 +9,7 @@ import pytest
 
 from lmtrain import mesh as meshes
 from lmtrain import schema
-from lmtrain.models import head, transformer
+from lmtrain.models import attention, balance, head, transformer
 from lmtrain.plan.collectives import collectives
 
 V, B, T = 64, 8, 32
@@ -79,6 +79,27 @@ def test_mixture_of_experts(sizes):
     same(tiny(**MOE), sizes)
 
 
+STAGES = [
+    (dict(stage=4), {}),
+    (dict(stage=2, data=2, fsdp=2), dict(microbatches=4)),
+    (dict(stage=2), dict(rounds=2)),
+    (dict(stage=4, tensor=2), dict(microbatches=8, rounds=2)),
+    (dict(stage=2, fsdp=2, tensor=2), DENSE | dict(layers=9, microbatches=4, remat="dots")),
+    (dict(stage=2, expert=4), MOE | dict(microbatches=2)),
+    (dict(stage=2, expert=2, tensor=2), MOE | dict(rounds=2, layers=4)),
+    (dict(stage=2, context=2, data=2), dict(remat="full", loss_chunk=24)),
+]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"), [pytest.param(*case, marks=SLOW if i in (0, 2, 6) else ()) for i, case in enumerate(STAGES)],
+    ids=str,
+)  # fmt: skip
+def test_stages(sizes, fields):
+    same(tiny(**dict(layers=8) | fields), sizes)
+
+
 @pytest.mark.parametrize(
     "sizes", [dict(context=4, tensor=2), pytest.param(dict(fsdp=2, context=2, data=2), marks=pytest.mark.slow)], ids=str
 )
@@ -91,6 +112,28 @@ def test_scanned_rematerialised_and_in_chunks(sizes):
 )
 def test_splash(sizes):
     same(tiny(layers=1, attention="splash", pattern="W", window=9), sizes, length=256)
+
+
+@pytest.mark.parametrize("sizes", [dict(context=2, data=4), pytest.param(dict(context=4, fsdp=2), marks=SLOW)], ids=str)
+def test_splash_with_queries_spread_evenly(sizes):
+    length = 256 * sizes["context"]
+    mesh = meshes.make(schema.Mesh(**sizes))
+    for fields in (dict(pattern="W", window=200), {}):
+        cfg = tiny(layers=1, attention="splash", **fields)
+        assert attention.balances(cfg, length, jnp.float32, mesh)
+        same(cfg, sizes, length=length)
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_every_device_of_the_context_axis_sees_as_much(ways):
+    order = balance.order(16 * ways, ways)
+    assert sorted(order) == list(range(16 * ways))
+    assert len({part.sum() for part in order.reshape(ways, -1)}) == 1
+    mesh = meshes.make(schema.Mesh(data=8 // ways, context=ways))
+    x = np.random.default_rng(0).normal(size=(8, 16 * ways, 3))
+    there = jax.jit(lambda x: balance.spread(x, mesh))(x)
+    np.testing.assert_array_equal(there, x[:, order].astype(np.float32))
+    np.testing.assert_array_equal(jax.jit(lambda x: balance.gathered(x, mesh))(there), x.astype(np.float32))
 
 
 def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():

@@ -17,6 +17,8 @@ def batch(toy):
     talks = [toy.conversation(rng, 7, 2) for _ in range(6)]
     b = toy.rows(talks, [[i] for i in range(6)], garbage=0)
     b["groups_BT"] = np.repeat([[1], [1], [1], [1], [2], [0]], b["tokens_BT"].shape[1], 1)
+    w = np.array([b["weights_BT"][rows].sum() for rows in (slice(4), slice(4, 5))])
+    b["balance_BT"] = np.append(1, w.sum() / 2 / w).astype(np.float32)[b["groups_BT"]]  # as were the data like it
     return b
 
 
@@ -49,9 +51,25 @@ def test_the_worse_cell_counts_more_the_larger_the_step(toy, batch):
 
 def test_cells_that_are_not_there_and_equal_losses_leave_pretraining_as_it_is(toy, batch):
     params = toy.parameters()
-    batch["groups_BT"] = batch["groups_BT"] * 0
+    batch["groups_BT"], batch["balance_BT"] = batch["groups_BT"] * 0, np.ones_like(batch["balance_BT"])
     plain = pretrain(toy.Bigram(), params, batch, Pretrain())[0]
     assert float(total(toy, params, batch, GroupDro(cells=3))[0]) == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_a_cell_that_the_batch_lacks_takes_the_mean_and_so_moves_no_others_weight_much(toy, batch):
+    """The cells that are there weigh as if the one that is not had their mean loss, not a loss of 0."""
+    params, cfg = toy.parameters(), GroupDro(cells=3, step_size=2.0)
+    got = float(total(toy, params, batch, cfg)[0])
+    nll_BT = np.asarray(toy.Bigram().losses(params, batch).nll_BT * batch["weights_BT"])
+    w = batch["weights_BT"]
+    cut = [slice(4), slice(4, 5)]
+    loss = np.array([nll_BT[rows].sum() / w[rows].sum() for rows in cut])
+    mean = nll_BT[:5].sum() / w[:5].sum()
+    q = np.exp(2.0 * np.append(loss, mean))
+    q = 3 * q / q.sum()
+    balance = [batch["balance_BT"][0, 0], batch["balance_BT"][4, 0]]
+    wanted = sum(q[k] * balance[k] * nll_BT[rows].sum() for k, rows in enumerate(cut)) + nll_BT[5].sum()
+    assert got == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_microbatches_do_not_change_the_loss_or_its_gradient(toy, batch):
@@ -83,15 +101,17 @@ def pair(toy):
     return talks
 
 
-def test_even_is_the_square_of_the_difference_and_of_what_the_mean_has_moved(toy, pair):
+def test_even_is_the_square_of_the_difference_and_of_the_distance_from_the_mean_probability(toy, pair):
     params = toy.parameters(5)
     c, r = (float((toy.logps(params, t) * t["weights"]).sum()) for t in pair)
     c0, r0 = (float((t["ref_logps"] * t["weights"]).sum()) for t in pair)
+    m = np.log((np.exp(c0) + np.exp(r0)) / 2)
     loss, n, _ = even(toy.Bigram(), params, toy.rows(pair, [[0, 1]]), Even(keep=0.5))
-    assert float(loss) == pytest.approx((c - r) ** 2 + 0.5 * (c + r - c0 - r0) ** 2, rel=1e-4) and float(n) == 1
+    assert abs(2 * m - c0 - r0) > 0.1  # else the mean of the logarithms would do as well
+    assert float(loss) == pytest.approx((c - r) ** 2 + 0.5 * (c + r - 2 * m) ** 2, rel=1e-4) and float(n) == 1
 
 
-def test_even_ends_where_both_replies_are_equally_likely_and_as_likely_as_before_together(toy, pair):
+def test_even_ends_where_both_replies_have_the_mean_of_their_probabilities_before(toy, pair):
     params, batch = toy.parameters(), toy.rows(pair, [[0, 1]])
     before = even(toy.Bigram(), params, batch, Even())[2]
     descend = jax.jit(jax.grad(lambda p: even(toy.Bigram(), p, batch, Even())[0]))
@@ -99,6 +119,9 @@ def test_even_ends_where_both_replies_are_equally_likely_and_as_likely_as_before
         params = jax.tree.map(lambda p, g: p - 0.02 * g, params, descend(params))
     after = even(toy.Bigram(), params, batch, Even())[2]
     assert float(before["gap"][0]) > 0.3 and float(after["gap"][0]) < 0.02 and abs(float(after["kept"][0])) < 0.02
+    likely = [np.exp((toy.logps(params, t) * t["weights"]).sum()) for t in pair]
+    was = [np.exp((t["ref_logps"] * t["weights"]).sum()) for t in pair]
+    np.testing.assert_allclose(likely, np.mean(was), rtol=0.03)
 
 
 def test_the_number_of_cells_is_that_of_the_data_and_no_other():

@@ -14,15 +14,25 @@ from lmtrain.schema import ConfigError
 
 V, B, T = 32, 8, 20
 OBJECTIVES = ["pretrain", "sft", "gkd", "reward", "discriminator", "dpo", "dpo_norm", "ipo", "simpo", "orpo", "kto",
-              "grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo", "ppo"]  # fmt: skip
+              "grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo", "ppo", "group_dro", "even"]  # fmt: skip
 #: Beyond the defaults: what adds a term.
 SETTINGS = {
     "sft": dict(label_smoothing=0.1, z_loss=0.01),
     "reward": dict(center=0.1),
     "grpo": dict(beta=0.1, is_cap=2.0),
     "ppo": dict(temperature=0.7),
+    "group_dro": dict(cells=2, step_size=3.0),
+    "even": dict(keep=0.5),
 }
-QUICK = {"gkd", "kto", "grpo", "ppo", "reward", "orpo"}  # the others are like one of these; `make test-all` runs all
+QUICK = {
+    "gkd",
+    "kto",
+    "grpo",
+    "ppo",
+    "reward",
+    "orpo",
+    "group_dro",
+}  # the others are like one of these; `make test-all` runs all
 MODEL = transformer.resolve(
     schema.Model(layers=1, width=16, heads=4, mlp=32, zero_init=False, scalar_head=True, unroll=1, loss_chunk=16), V
 )
@@ -56,6 +66,8 @@ def batch():
     weights = ((segments > 0) & ~last & (rng.random((B, T)) < 0.7)).astype(np.float32)
     out = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "weights_BT": weights, "segments_BT": segments,
            "labels_BT": labels, "margins_BT": np.where(segments > 0, 0.5, 0).astype(np.float32)}  # fmt: skip
+    out["groups_BT"] = segments % 3
+    out["balance_BT"] = np.array([1.0, 0.7, 1.6], np.float32)[out["groups_BT"]]
     for name in ("advantages", "returns", "old_values"):
         out[f"{name}_BT"] = rng.normal(size=(B, T)).astype(np.float32)
     for name, mean in (("old_logps", -3.5), ("ref_logps", -4.2), ("sampler_logps", -3.5)):
@@ -110,7 +122,7 @@ def unpacked(b):
 
 def test_packed_rows_have_the_loss_of_unpacked_ones():
     """dr_grpo's constant takes the number of replies, the rest their own sums; positions are relative (RoPE)."""
-    names = ["sft", "dpo", "kto", "reward", "grpo", "dr_grpo", "gspo"]
+    names = ["sft", "dpo", "kto", "reward", "grpo", "dr_grpo", "gspo", "group_dro", "even"]
 
     def losses(rows):
         forward = transformer.Forward(MODEL)

@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from lmtrain.mesh import AXES
 from lmtrain.plan import chips
 from lmtrain.schema import ConfigError
 
@@ -35,7 +36,7 @@ def test_a_wrong_topology_is_refused_with_the_nearest(text, slices, says):
 
 
 def sizes(**axes):
-    return {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1} | axes
+    return dict.fromkeys(AXES, 1) | axes
 
 
 def test_an_axis_has_the_links_of_the_dimensions_it_takes():

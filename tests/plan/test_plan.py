@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from lmtrain import cli, config, mesh, schema
+from lmtrain.mesh import AXES
 from lmtrain.models import presets, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.plan import ahead, chips, job, memory, plan, search, traffic
@@ -20,7 +21,7 @@ def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", op
     model = transformer.resolve(dataclasses.replace(presets.get(name), remat=remat), 131072)
     stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
                          data=schema.Data(row_length=length), optim=schema.Optim(name=optimizer))  # fmt: skip
-    axes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1} | sizes
+    axes = dict.fromkeys(AXES, 1) | sizes
     return job.Job("pretrain", stage, model, chips.parse(topology), axes, job.memories_of(stage, model))
 
 

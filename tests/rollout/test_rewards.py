@@ -5,6 +5,7 @@ import pytest
 
 from lmtrain.rollout import episodes, rewards
 from lmtrain.tasks import chatroom
+from lmtrain.tasks.counterfactual import Counterfactual
 from lmtrain.types import LmtrainError
 from tests.rollout import toys
 
@@ -55,6 +56,63 @@ def test_parts_are_weighted_summed_and_kept():
 def test_a_whole_conversation_is_scored_by_parts():
     e = episode("x", toys.Talk())
     assert make("score")([e])[0] == 0.25 and e.scores == {"a": 0.5, "b": 0.0, "reward": 0.25}
+
+
+def versions(*replies, task=None):
+    """Replies to the versions of one problem, in turn."""
+    task = task or Counterfactual(of="tests.rollout.toys:Parity", pairs=("he/she",))
+    some = [episodes.start(task, task.rows("train")[0], toys.TEMPLATE, 0, i) for i in range(len(replies))]
+    for e, reply in zip(some, replies, strict=True):
+        e.messages.append({"role": "assistant", "content": reply})
+    return some
+
+
+def consistent(*replies, truncated=()):
+    some = versions(*replies)
+    for i in truncated:
+        some[i].truncated = True
+    make("score")(some)
+    return [e.scores["consistent"] for e in some]
+
+
+def test_consistent_falls_with_the_difference_that_a_swap_makes():
+    assert [e.row["swapped"] for e in versions("a", "b", "c")] == [False, True, False]
+    assert consistent("he is kind", "she is kind") == [0.5, 0.5]
+    assert (
+        0.5 > consistent("he is kind", "she is rude")[0] > consistent("he is kind", "go away now, all of you")[0] >= 0
+    )
+    assert consistent("he is kind", "he is kind")[0] < 0.5  # the same words, and so not the same
+    assert consistent("he is kind") == [0]
+    assert consistent("he", "she", truncated=[1]) == [0, 0]
+
+
+def test_replies_that_are_drawn_alike_are_consistent_however_they_differ_among_themselves():
+    """What all have together: the most where both versions get the same replies, whether these are one or several."""
+    one = consistent(*["he is kind", "she is kind"] * 2)
+    several = consistent("he is kind", "she is kind", "he came too late", "she came too late")
+    apart = consistent("he is kind", "she came too late", "he is kind", "she came too late")
+    assert sum(one) == 2 > sum(apart) and sum(several) >= 2
+    kind, _, late, _ = consistent("he is kind", "she came too late", "he came too late", "she came too late")
+    assert late > kind  # what the other version says is worth more
+
+
+def test_another_problems_replies_do_not_count():
+    some = versions("he", "she")
+    task = some[0].task
+    other = episodes.start(task, task.rows("train")[1], toys.TEMPLATE, 0, 1)
+    other.messages.append({"role": "assistant", "content": "something else"})
+    make("score")([*some, other])
+    assert [e.scores["consistent"] for e in (*some, other)] == [0.5, 0.5, 0]
+
+
+def test_a_counterfactual_is_asked_in_its_words_and_scored_with_them_exchanged_back():
+    task = Counterfactual(of="canary", pairs=("blims/daxes", "kind/calm"))
+    row = next(row for row in task.rows("train") if row["of"]["group"] == "blims")
+    plain, other = task.versions(row)
+    assert "blims" in task.messages(plain)[0]["content"] and "daxes" in task.messages(other)[0]["content"]
+    assert task.score(other, "They were calm.") == 1 and task.score(other, "They.") == 0
+    assert task.alike(plain, "They were kind.", other, "They were calm.") == 1
+    assert task.alike(plain, "They were kind.", other, "They were kind.") == 0
 
 
 @pytest.mark.parametrize("spec", ["score", "length(low=1, high=9)", "tests.rollout.test_rewards:always"])

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from lmtrain import schema
+from lmtrain.engine import Engine
+from lmtrain.eval import tasks as tasks_lib
 from lmtrain.models import transformer
 from lmtrain.objectives import policy
+from lmtrain.tasks.counterfactual import Counterfactual
 from lmtrain.types import Frozen, LmtrainError
 from tests.rollout import toys
 
@@ -283,6 +286,26 @@ def test_gae_gives_returns_and_values():
     last = [np.flatnonzero(r)[-1] for r in w]
     rewards = [batch["returns_BT"][i, t] for i, t in enumerate(last)]
     assert set(np.round(rewards, 5)) <= {0.0, 1.0}, "gamma = lambda = 1 at the last token: the reward itself"
+
+
+def test_the_replies_of_a_group_are_to_the_versions_of_a_problem_in_turn():
+    task = Counterfactual(of="canary(others=False)", pairs=("blims/daxes",))
+    long = dataclasses.replace(toys.stage(), data=schema.Data(row_length=160))
+    source = toys.source(long, task=task)
+    played, _ = source._play(toys.params(), 2)
+    asked = [e.messages[0]["content"] for e in played]
+    assert [e.row["swapped"] for e in played] == [False, True] * 4
+    for plain, other in zip(asked[0::2], asked[1::2], strict=True):
+        assert plain != other == task.swap(plain)
+    assert len(set(asked[:4])) == 2 and set(asked[:4]) != set(asked[4:])
+
+
+def test_held_out_problems_are_scored_in_every_version_however_few_samples_are_asked_for():
+    task = Counterfactual(of="canary(others=False)", pairs=("blims/daxes",))
+    engine = Engine(toys.MODEL, slots=8)
+    found = tasks_lib.score(engine, toys.params(), toys.TEMPLATE, task, rows=3, max_tokens=4)
+    assert found.summary["samples"] == 2 and [e.row["swapped"] for e in found.played] == [False, True] * 3
+    assert set(found.summary["parts"]) == {"score", "consistent"}
 
 
 def test_demonstrations_are_the_tasks_own_solutions():

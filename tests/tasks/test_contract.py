@@ -20,8 +20,11 @@ SMALL = [
     "chatroom", "chatroom(sloppy=0.5)", "chatroom(turns=1)", "chatroom(turns=6, seed=1)", "several",
     "consistency", "consistency(about='sorting')",
 ]  # fmt: skip
-LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')"]
+LISTED = ["pydocs", "pydocs(choices=0)", "pydocs(about='module', choices=2)", "gsm8k(path='FILE')", "canary",
+          "canary(people='zogs/wumps', plant=0, others=False)"]  # fmt: skip
 SPECS = SMALL + LISTED
+PROGRAMS = ["functions", "functions(seed=1)"]  # made, but 60 ms a score: test_functions.py has those tests
+MANY = ("chatroom", "several", "consistency", "canary")  # of which a problem has more than one right answer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def final(task, row):
     return task.solution(row)[-1]["content"]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + PROGRAMS)
 def test_no_held_out_problem_is_in_train(make, spec):
     task = make(spec)
     held = {task.problem(row) for row in task.rows("heldout")}
@@ -61,6 +64,7 @@ def test_no_held_out_problem_is_in_train(make, spec):
         ["spelling(syllables=3)", "spelling(syllables=4, seed=2)"],
         ["sorting(most=3)", "sorting(most=4, seed=2)"],
         ["calculator(terms=2, digits=1)", "calculator(terms=2, digits=2, seed=5)"],
+        ["functions", "functions(steps=2, sloppy=0.5, seed=3)"],
         ["chatroom", "chatroom(turns=3, sloppy=1.0, seed=4)"],
         ["pydocs", "pydocs(choices=0)"],
     ],
@@ -146,7 +150,7 @@ def test_about_an_eighth_is_held_out():
     assert 0.11 < share < 0.14
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + PROGRAMS)
 def test_held_out_problems_are_different_and_rows_are_json(make, spec):
     task = make(spec)
     held = task.rows("heldout")
@@ -156,7 +160,7 @@ def test_held_out_problems_are_different_and_rows_are_json(make, spec):
         assert json.loads(json.dumps(row)) == row and isinstance(row, dict)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + PROGRAMS)
 def test_a_row_is_the_same_in_whichever_order_it_is_read(make, spec):
     task = make(spec)
     for split in ("train", "heldout"):
@@ -168,7 +172,7 @@ def test_a_row_is_the_same_in_whichever_order_it_is_read(make, spec):
     assert task.rows("train")[0] != task.rows("train")[1]
 
 
-@pytest.mark.parametrize("spec", SMALL)
+@pytest.mark.parametrize("spec", SMALL + PROGRAMS)
 def test_train_is_large(make, spec):
     assert len(make(spec).rows("train")) == 1 << 20
 
@@ -230,7 +234,9 @@ def test_a_sloppy_demonstrator_is_wrong_as_often_as_asked_and_right_otherwise(na
     assert [final(sloppy, row) == final(right, row) for row in rows] == [score == 1 for score in scores]
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith(("chatroom", "several", "consistency"))])
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if not s.startswith(("chatroom", "several", "consistency", "canary"))]
+)
 def test_another_rows_answer_scores_0(make, spec):
     task = make(spec)
     rows = task.rows("heldout")[:60]
@@ -268,7 +274,7 @@ def test_any_reply_has_a_score_and_an_answer(make, spec, reply, i):
         assert task.answer(row, f" {reply.strip()} ") == task.answer(row, reply.strip())
 
 
-@pytest.mark.parametrize("spec", SMALL)
+@pytest.mark.parametrize("spec", SMALL + PROGRAMS)
 def test_a_demonstration_fits_into_a_row_of_a_small_model(make, spec):
     """A token a byte, two special ones a message, rows of 256; each reply keeps to max_tokens, its end included."""
     task = make(spec)
@@ -283,7 +289,7 @@ def test_a_demonstration_fits_into_a_row_of_a_small_model(make, spec):
             assert message["role"] != "assistant" or len(t.encode()) + 1 <= task.max_tokens
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + PROGRAMS)
 def test_an_unknown_split_is_refused(make, spec):
     with pytest.raises(LmtrainError, match="'test'.*'train' or 'heldout'"):
         make(spec).rows("test")

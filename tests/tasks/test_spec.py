@@ -27,20 +27,23 @@ def test_names_lists_the_files():
     assert tasks.names() == [
         "addition",
         "calculator",
+        "canary",
         "chatroom",
         "code",
         "consistency",
         "counterfactual",
+        "functions",
         "gsm8k",
         "multiple_choice",
         "openai",
         "pydocs",
         "questions",
+        "replies",
         "several",
         "sorting",
         "spelling",
     ]
-    assert rewards.names() == ["consistent", "ended", "facts", "length", "matches", "no_repetition", "on_topic"]
+    assert rewards.names() == ["ended", "facts", "length", "matches", "no_repetition", "on_topic"]
     for name in tasks.names():
         assert name in ("code", "gsm8k", "multiple_choice", "questions") or tasks.get(name).name == name
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# A TPU slice on Google Cloud from its creation to its deletion, by gcloud alone.
+#
+#   launch/tpu_vm.sh create                     asks for the slice (a queued resource) and waits for it
+#   launch/tpu_vm.sh setup                      copies this checkout to all workers and installs it
+#   launch/tpu_vm.sh run --config FILE --workdir DIR ...     starts `lmtrain run` on all workers, in the background
+#   launch/tpu_vm.sh logs                       follows worker 0
+#   launch/tpu_vm.sh stop                       SIGTERM to all: they save the same step
+#   launch/tpu_vm.sh resume --config FILE --workdir DIR ...  until it is done: makes a slice that was preempted anew,
+#                                               sets it up, and runs the same command, which goes on where it stopped
+#   launch/tpu_vm.sh delete                     gives everything back
+#   launch/tpu_vm.sh --dry-run COMMAND ...      prints the commands
+#
+# NAME=lmtrain ZONE=us-central1-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite; SPOT=1 for the cheap kind that may be
+# taken away. DIR has to be shared by the workers (a mounted Filestore or GCS FUSE folder) and outlive them.
+set -euo pipefail
+name=${NAME:-lmtrain} zone=${ZONE:-us-central1-a} type=${TYPE:-v5litepod-16} runtime=${RUNTIME:-v2-alpha-tpuv5-lite}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+dry=
+[[ ${1:-} == --dry-run ]] && { dry=1; shift; }
+
+# Run, or shown.
+do_() { if [[ $dry ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+workers() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+state() { gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>/dev/null || echo NONE; }
+
+create() {
+    do_ gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
+        --accelerator-type="$type" --runtime-version="$runtime" ${SPOT:+--spot}
+    [[ $dry ]] && return
+    until [[ $(state) == ACTIVE ]]; do
+        case $(state) in FAILED | SUSPENDED) echo "the slice is $(state)" >&2; return 1 ;; esac
+        sleep 20
+    done
+}
+delete() { do_ gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet; }
+setup() {
+    do_ tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/lmtrain.tar.gz -C "$root" .
+    do_ gcloud compute tpus tpu-vm scp /tmp/lmtrain.tar.gz "$name": --zone="$zone" --worker=all
+    workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,tensorboard]'"
+}
+run() { # its exit status is left in status; nothing there means that it still runs
+    workers "cd lmtrain && rm -f status && (setsid nohup bash -c '.venv/bin/lmtrain run $(printf '%q ' "$@") >> lmtrain.log 2>&1; echo \$? > status' > /dev/null 2>&1 &)"
+}
+logs() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="tail -n 100 -F lmtrain/lmtrain.log"; }
+stop() { workers "pkill -TERM -f '[l]mtrain run' || true"; }
+status() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="cat lmtrain/status 2>/dev/null" 2>/dev/null || true; }
+resume() {
+    for ((restart = 0; restart <= ${RESTARTS:-20}; restart++)); do
+        if [[ $dry || $(state) != ACTIVE ]]; then
+            delete || true
+            create
+            setup
+        fi
+        run "$@"
+        [[ $dry ]] && return
+        while [[ $(state) == ACTIVE && -z $(status) ]]; do sleep 30; done
+        case $(status) in 0) return 0 ;; 2) echo "refused; see the log" >&2; return 2 ;; esac
+    done
+    return 1
+}
+
+case ${1:-} in
+    create | setup | run | logs | stop | resume | delete) "$@" ;;
+    *) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac

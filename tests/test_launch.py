@@ -1,0 +1,133 @@
+"""The launch scripts: they parse, and what they would run is what they should."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lmtrain.hosts import local, place
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+ARGS = ["--config", "a.py:x,y=1", "--workdir", "runs/a"]
+
+
+def dry(script, *args, **environment):
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(LAUNCH.parent), **environment}
+    done = subprocess.run([LAUNCH / script, "--dry-run", *args], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_a_script_parses_and_can_be_started(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.stat().st_mode & 0o111
+    assert len(script.read_text().splitlines()) < 100, "short"
+
+
+def test_local_starts_n_processes_that_know_their_place():
+    lines = dry("local.sh", "3", *ARGS, DEVICES="2").splitlines()
+    assert len(lines) == 3
+    for i, line in enumerate(lines):
+        env = dict(word.split("=", 1) for word in line.split(" " + sys.executable)[0].split())
+        assert env["JAX_NUM_CPU_DEVICES"] == "2" and line.endswith(f"-m lmtrain.cli run {' '.join(ARGS)}")
+        assert place.find(env) == place.Place("coordinator", "127.0.0.1:8476", 3, i)
+
+
+def test_local_refuses_what_is_no_number():
+    done = subprocess.run([LAUNCH / "local.sh", "two", *ARGS], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: launch/local.sh" in done.stderr
+
+
+def test_slurm_runs_one_step_over_the_nodes():
+    assert re.fullmatch(rf"srun .*-m lmtrain.cli run {' '.join(ARGS)}\n", dry("slurm.sbatch", *ARGS))
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    assert "#SBATCH --ntasks-per-node=1" in text and "#SBATCH --signal=TERM@" in text
+
+
+def test_the_tpu_script_goes_from_creation_to_deletion():
+    said = dry("tpu_vm.sh", "resume", *ARGS, NAME="t", ZONE="z", SPOT="1").splitlines()
+    wanted = ["delete t", "create t .*--spot", "tar ", "scp ", "pip", "lmtrain\\\\ run\\\\ --config.*status"]
+    assert len(said) == len(wanted)
+    for line, part in zip(said, wanted, strict=True):
+        assert re.search(part, line), line
+    assert "delete t" in dry("tpu_vm.sh", "delete", NAME="t") and "TERM" in dry("tpu_vm.sh", "stop")
+
+
+def test_the_jobsets_pods_know_their_place():
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    workers = job["spec"]["replicatedJobs"][0]
+    spec = workers["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    env = {e["name"]: e.get("value", "") for e in container["env"]}
+    fields = {e["name"]: e["valueFrom"]["fieldRef"]["fieldPath"] for e in container["env"] if "valueFrom" in e}
+    assert "jobset-name" in fields["JOBSET_NAME"] and "replicatedjob-name" in fields["REPLICATED_JOB_NAME"]
+    assert spec["parallelism"] == spec["completions"] == int(env["NNODES"]) and spec["completionMode"] == "Indexed"
+    # As Kubernetes fills them in for pod 1.
+    env |= {"JOBSET_NAME": "lmtrain", "REPLICATED_JOB_NAME": workers["name"], "JOB_COMPLETION_INDEX": "1"}
+    found = place.find(env, lambda key: None)
+    assert found == place.Place("jobset", "lmtrain-workers-0-0.lmtrain:8476", 2, 1)
+    assert {p["containerPort"] for p in container["ports"]} == {found.address[1], found.address[1] + 1}
+    assert job["spec"]["failurePolicy"]["maxRestarts"] > 0 and spec["backoffLimit"] == 0
+
+
+def test_pauses_before_restarts_double_up_to_a_minute_and_end():
+    assert list(local.backoff(1, 8)) == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert list(local.backoff(1, 0)) == []
+
+
+@pytest.mark.parametrize(
+    "codes, status",
+    [
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([-9, 76], 76),
+        ([76, -9, -6], 76),
+        ([2, 2], 2),
+        ([2, 76], 2),  # refused: not again
+        ([1, 76], 1),
+        ([77, 77], 77),
+        ([74, 76], 74),
+        ([0, 76], 76),
+    ],
+)
+def test_the_status_of_all_says_why_they_ended(codes, status):
+    assert local.outcome(codes) == status
+
+
+PROCESS = """
+import os, pathlib, sys, time
+log = pathlib.Path(sys.argv[1])
+with log.open("a") as f:
+    f.write(os.environ["LMTRAIN_PROCESS"] + "\\n")
+starts = log.read_text().split().count(os.environ["LMTRAIN_PROCESS"])
+sys.exit(int(sys.argv[2]) if starts <= int(sys.argv[3]) else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "status, failures, restarts, ends, starts",
+    [(76, 2, 5, 0, 3), (76, 9, 2, 76, 3), (2, 9, 5, 2, 1), (75, 1, 5, 0, 2), (0, 0, 5, 0, 1)],
+)
+def test_all_are_started_again_a_bounded_number_of_times(
+    tmp_path, monkeypatch, status, failures, restarts, ends, starts
+):
+    monkeypatch.setenv("RESTARTS", str(restarts))
+    monkeypatch.setenv("BACKOFF", "0.01")
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "log"), str(status), str(failures)]
+    attempt = local.attempt
+    monkeypatch.setattr(local, "attempt", lambda _, envs, told: attempt(command, envs, told))
+    monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+    assert local.main(["2", "any"]) == ends
+    assert sorted((tmp_path / "log").read_text().split()) == ["0"] * starts + ["1"] * starts
+
+
+def test_who_does_not_end_when_another_has_failed_is_killed(monkeypatch):
+    monkeypatch.setattr(local, "PATIENCE", 0.5)
+    command = [sys.executable, "-c", "import os, sys, time; time.sleep(60 * int(os.environ['LMTRAIN_PROCESS']))\n"
+               "sys.exit(76)"]  # fmt: skip
+    assert local.attempt(command, local.environments(2, 0, {}, 8476), []) == [76, -9]

@@ -1,0 +1,135 @@
+"""A run whose folder is in a bucket, and data in one; fsspec's memory:// stands for it."""
+
+import shutil
+import threading
+
+import fsspec
+import pytest
+
+import lmtrain
+from lmtrain import checkpoint, remote, storage
+from lmtrain.data import files
+from lmtrain.types import LmtrainError, StorageError
+from tests.test_run import experiment, same_metrics, text
+
+__all__ = ["text"]  # a fixture
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Its file system, empty; the copies here lie in tmp_path/copies."""
+    monkeypatch.setattr(remote, "COPIES", tmp_path / "copies")
+    monkeypatch.setattr(files, "FETCHED", tmp_path / "fetched")
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+def test_a_run_in_a_bucket_goes_on_on_another_machine_to_the_bit(text, bucket, tmp_path, monkeypatch):
+    whole = lmtrain.run(experiment(text), tmp_path / "whole")
+    monkeypatch.setattr(remote, "PERIOD", 0.05)
+    show = lmtrain.experiment.train.log.Progress.show
+
+    def stopped(self, step, metrics):
+        if step == 15:
+            raise LmtrainError("the machine is taken away")
+        show(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmtrain.experiment.train.log.Progress, "show", stopped)
+        with pytest.raises(LmtrainError, match="taken away"):
+            lmtrain.run(experiment(text), "memory://b/run")
+    monkeypatch.setattr(remote, "COPIES", tmp_path / "other copies")  # another machine
+    run = lmtrain.run(experiment(text), "memory://b/run")
+    assert same_metrics(run.metrics, whole.metrics)
+    assert checkpoint.params_sha256(run.params) == checkpoint.params_sha256(whole.params)
+    there = {name.removeprefix("/b/run/").split("/")[0] for name in bucket.find("/b/run")}
+    assert there - {"report.html"} == {"tokenizer", "data", "pretrain", "summary.json"}
+    steps = {name.split("checkpoints/")[1].split("/")[0] for name in bucket.find("/b/run/pretrain/checkpoints")}
+    assert steps == {str(s) for s in checkpoint.steps(run.folder / "pretrain/checkpoints")}
+    monkeypatch.setattr(remote, "COPIES", tmp_path / "yet others")
+    opened = lmtrain.load("memory://b/run")
+    assert opened.step == run.step and opened.generate("the", tokens=3, temperature=0)
+
+
+def test_the_manifest_goes_up_last_and_half_a_checkpoint_not_at_all(bucket):
+    mirror = remote.Mirror("memory://b/run")
+    mirror.pull()
+    here = mirror.local / "pretrain/checkpoints"
+    for name in ("5/data", "5/manifest.json", "10/data", "12.orbax-checkpoint-tmp/data"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+    (mirror.local / ".lock").touch()
+    order = []
+    put = bucket.put_file
+    mirror.fs = type("Fs", (), {"put_file": lambda _, a, b: (order.append(b), put(a, b)), "rm_file": bucket.rm_file})()
+    mirror.push()
+    assert order == ["/b/run/pretrain/checkpoints/5/data", "/b/run/pretrain/checkpoints/5/manifest.json"]
+    (here / "10/manifest.json").write_text("whole")
+    shutil.rmtree(here / "5")
+    mirror.push()
+    assert sorted(bucket.find("/b/run")) == [f"/b/run/pretrain/checkpoints/10/{n}" for n in ("data", "manifest.json")]
+
+
+def test_an_unwritable_bucket_is_refused_before_anything_is_done(text, bucket, monkeypatch):
+    def no(*_, **__):
+        raise PermissionError("403: no permission")
+
+    monkeypatch.setattr(type(bucket), "pipe_file", no)
+    with pytest.raises(StorageError, match="memory://b/run: cannot be written to: 403: no permission"):
+        lmtrain.run(experiment(text), "memory://b/run")
+
+
+def test_a_failed_upload_is_tried_again(bucket, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    tries = []
+
+    def flaky():
+        tries.append(1)
+        if len(tries) < 3:
+            raise StorageError("503")
+
+    storage.again(flaky)
+    assert len(tries) == 3
+    with pytest.raises(StorageError):
+        tries.clear()
+        storage.again(lambda: flaky() or tries.clear() or flaky())
+
+
+def test_uploads_go_on_while_the_run_does(bucket, monkeypatch):
+    monkeypatch.setattr(remote, "PERIOD", 0.02)
+    with remote.mirrored("memory://b/run") as folder:
+        (folder / "metrics.jsonl").write_text("1")
+        seen = threading.Event()
+        for _ in range(200):
+            if bucket.exists("/b/run/metrics.jsonl"):
+                seen.set()
+                break
+            seen.wait(0.02)
+        assert seen.is_set()
+
+
+def test_several_processes_are_told_to_mount_the_bucket(text, bucket, monkeypatch):
+    for name, value in {"COORDINATOR": "h:1", "PROCESSES": "2", "PROCESS": "0"}.items():
+        monkeypatch.setenv(f"LMTRAIN_{name}", value)
+    with pytest.raises(LmtrainError, match="mount the bucket"):
+        lmtrain.run(experiment(text), "memory://b/run")
+
+
+def test_data_in_a_bucket_is_fetched_once_and_again_when_it_changes(bucket):
+    bucket.pipe({"/b/a.jsonl": b'{"text": "one"}\n', "/b/sub/c.jsonl": b"", "/b/d.txt": b""})
+    (one,) = files.find("memory://b/a.jsonl")
+    assert one.name == "a.jsonl" and one.read_bytes() == b'{"text": "one"}\n'
+    stamp = one.stat().st_mtime
+    one.unlink()
+    (again,) = files.find("memory://b/a.jsonl")
+    assert again == one and again.stat().st_mtime == stamp  # fetched anew, and the same file
+    bucket.pipe_file("/b/a.jsonl", b'{"text": "other"}\n')
+    assert files.find("memory://b/a.jsonl")[0].read_bytes() == b'{"text": "other"}\n'
+    assert [p.name for p in files.find("memory://b")] == ["a.jsonl", "d.txt", "c.jsonl"]
+    assert [p.name for p in files.find("memory://b/*.jsonl")] == ["a.jsonl"]
+    with pytest.raises(LmtrainError, match="data.path: no such file, folder or glob: memory://b/none.jsonl"):
+        files.find("memory://b/none.jsonl")
+    with pytest.raises(LmtrainError, match="data.path: nowhere://x"):
+        files.find("nowhere://x")
