@@ -11,6 +11,8 @@ On several devices: --config.mesh.fsdp=8, and so on.
 embedded corpus, where xz -9 needs 1.96; all of its 4,805 steps would take some 22 minutes. Larger sizes: not run here.
 """
 
+import dataclasses
+
 from lmtrain import config
 from lmtrain.models import presets, transformer
 
@@ -34,7 +36,7 @@ def get_config(arg=""):
     presets.get(a.size)  # names the nearest size where there is none
     row, rows, accumulate, vocab, lr, remat = BATCHES.get(a.size, BATCHES["8b"])
     model = config.preset(a.size, vocab_size=0, remat=remat)
-    shape = transformer.resolve(presets.get(a.size), vocab)
+    shape = transformer.resolve(dataclasses.replace(presets.get(a.size), vocab_size=0), vocab)
     steps = a.steps or max(1, a.tokens_per_parameter * transformer.count(shape)["total"] // (row * rows))
     c = config.experiment()
     c.stages.tokenizer = config.tokenizer("bpe", vocab_size=vocab)

@@ -51,7 +51,7 @@ def train(
             f"--rows {rows} does not divide into {accumulate} microbatches (--accumulate) on {mesh.size} devices."
         )
     forward, axes = transformer.Forward(cfg, mesh), transformer.axes(cfg)
-    tx, schedule = optim.make(schema.Optim(name=optimizer, lr=3e-4, weight_decay=0.1), 1000, axes)
+    tx, schedule = optim.make(schema.Optim(name=optimizer, lr=3e-4, weight_decay=0.1), 1000, axes, mesh)
     start, abstract = step.make_init(lambda key: transformer.init(cfg, key), tx, axes, mesh)
     update = step.make_update(pretrain.pretrain, forward, tx, schedule, abstract, mesh, pretrain.Pretrain(), accumulate)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, row_length + 1), dtype=np.int32)

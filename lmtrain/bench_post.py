@@ -31,7 +31,7 @@ class _Trained:
         self.cfg = transformer.resolve(presets.get(preset), presets.get(preset).vocab_size or bench.VOCABULARY)
         self.mesh = mesh_lib.make(schema.Mesh())
         self.forward, axes = transformer.Forward(self.cfg, self.mesh), transformer.axes(self.cfg)
-        tx, schedule = optim.make(schema.Optim("adamw", lr=1e-4), 1000, axes)
+        tx, schedule = optim.make(schema.Optim("adamw", lr=1e-4), 1000, axes, self.mesh)
         start, abstract = step.make_init(lambda key: transformer.init(self.cfg, key), tx, axes, self.mesh)
         self.state = start(jax.random.key(0))
         self.update = step.make_update(loss, self.forward, tx, schedule, abstract, self.mesh, settings, accumulate)

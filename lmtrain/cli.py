@@ -91,6 +91,21 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, e.g. runs/quickstart")
     run.set_defaults(command=_run, takes_overrides=True)
 
+    plan = commands.add_parser(
+        "plan", formatter_class=raw, allow_abbrev=False, help="memory, step time and cost on devices you do not have",
+        description=helps.PLAN,
+    )  # fmt: skip
+    plan.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(arg)")
+    plan.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5p:8x8x8, h200:8x4, cpu:8 ...")
+    plan.add_argument("--slices", type=int, default=1, help="of that topology, over a slow network (default 1)")
+    plan.add_argument("--stage", default="", metavar="NAME", help="which stage (default: the first that trains)")
+    plan.add_argument("--compile", action="store_true", help="compile the update, too")
+    plan.add_argument("--search", action="store_true", help="rank meshes, microbatches and rematerialisations")
+    plan.add_argument("--price", type=float, default=0.0, help="of one chip for an hour")
+    plan.add_argument("--tokens", type=float, default=0.0, help="of the whole stage (default: its steps')")
+    plan.add_argument("--json", default="", metavar="FILE", help="write the plan here too, for programs")
+    plan.set_defaults(command=_plan, takes_overrides=True)
+
     generate = commands.add_parser("generate", help="continue a text with a trained model")
     generate.add_argument("dir", help="a run's folder, or that of one of its stages")
     generate.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
@@ -258,6 +273,17 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
 
     done = experiment.run(args.config, args.workdir, rest)
     log.say(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> None:
+    if not args.topology.startswith(("cpu", *("a100", "h100", "h200", "b200"))):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # TPUs are only described; what is here is left alone
+    from lmtrain.plan import plan
+
+    plan(args.config, args.topology, args.stage, args.slices, compile=args.compile, price=args.price,
+         searches=args.search, tokens=args.tokens, overrides=rest, to_json=args.json)  # fmt: skip
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:

@@ -44,6 +44,7 @@ from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
 from lmtrain.interop import huggingface
 from lmtrain.models import quantise, transformer
+from lmtrain.plan import search
 from lmtrain.types import LmtrainError, Params
 
 
@@ -77,6 +78,10 @@ def run(
         folder = pathlib.Path(workdir)
         crew = held.enter_context(hosts.joined(e, folder))
         compilation.use_cache()
+        if e.mesh.auto:
+            e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
+            sizes = mesh_lib.resolve(e.mesh, jax.device_count()).items()
+            log.say(f"mesh=auto: {', '.join(f'{axis}={n}' for axis, n in sizes)}")
         mesh = mesh_lib.make(e.mesh)
         preflight.check(e, mesh, folder)
         held.enter_context(runs.owned(folder))

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 
 from lmtrain.schema import ConfigError
 
+#: What a group of fields may be set to as a whole, and which of its fields that sets.
+WHOLE = {"--config.mesh=auto": "--config.mesh.auto=True"}
+
 ARTICLE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a tuple"}
 
 
@@ -77,12 +80,12 @@ def join_values(argv: list[str]) -> list[str]:
         else:
             joined.append(argv[i])
         i += 1
-    return joined
+    return [WHOLE.get(flag, flag) for flag in joined]
 
 
 def check_path(c: ConfigDict, flag: str) -> None:
     """Raises ConfigError where `--config.a.b=value` names no field of the configuration, or a group of them."""
-    path, eq, value = flag.removeprefix("--config.").partition("=")
+    path, eq, value = WHOLE.get(flag, flag).removeprefix("--config.").partition("=")
     at: Any = c
     parts = path.split(".")
     for i, part in enumerate(parts):

@@ -31,6 +31,16 @@ reinforcement   {"messages": [..., a user's], and fields that the grader reads}
 The good lines are trained on with data.source=openai (supervised, preference) and the task openai (reinforcement)."""
 
 
+PLAN = """Says what an update of a stage takes on a topology, before any of it is there: memory by part, bytes that each
+axis of the mesh moves, step time and MFU by the roofline, days and money. docs/plan.md says how, and how true it is.
+
+  lmtrain plan --config experiments/pretrain.py:8b --topology v5p:4x4x4 --config.mesh.data=1 --config.mesh.fsdp=64
+  lmtrain plan --config experiments/pretrain.py:8b --topology v5e:16x16 --slices 4 --search --price 1.2
+  lmtrain plan ... --compile        the real update compiled for those devices, by libtpu: pip install "lmtrain[tpu]"
+
+Topologies: v4, v5e, v5p, v6e:AxB[xC] (a slice of TPUs); a100, h100, h200, b200:8xHOSTS; cpu:N."""
+
+
 EVAL = """Scores a model. Every score stands with its 95 % interval (percentile bootstrap over rows) and its number of
 rows; docs/evaluation.md says what each means. Suites:
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lmtrain import mesh as meshes
 from lmtrain import schema
 from lmtrain.mesh import is_axes
 from lmtrain.types import nearest
@@ -37,13 +38,16 @@ COMMON = ("muon", "adamw", "adam", "sgd", "lion", "lamb", "adafactor", "adagrad"
           "ademamix", "prodigy", "schedule_free_adamw", "signum", "yogi")  # fmt: skip
 
 
-def make(cfg: schema.Optim, steps: int, axes_tree: Any) -> tuple[optax.GradientTransformation, Schedule]:
+def make(
+    cfg: schema.Optim, steps: int, axes_tree: Any, mesh: jax.sharding.Mesh | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer of a stage.
 
     Args:
       cfg: its settings.
       steps: updates of the whole stage, over which the schedule runs.
       axes_tree: the parameters' tree, with a tuple of logical axes for each.
+      mesh: over which they lie (None: one device); what an optimizer does is the same on all, how Muon does it is not.
 
     Returns:
       (tx, schedule): tx takes mean gradients and gives updates to add to the parameters. schedule(step) is the learning
@@ -59,7 +63,7 @@ def make(cfg: schema.Optim, steps: int, axes_tree: Any) -> tuple[optax.GradientT
         return cfg.lr * curve(step)
 
     if cfg.name == "muon":
-        tx = _muon(cfg, curve, axes_tree)
+        tx = _muon(cfg, curve, axes_tree, mesh)
     else:
         tx = _named(cfg, schedule, axes_tree)
     parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
@@ -166,26 +170,104 @@ def matrices(axes_tree: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------- optimizers
-def _muon(cfg: schema.Optim, curve: Schedule, axes_tree: Any) -> optax.GradientTransformation:
+def _muon(
+    cfg: schema.Optim, curve: Schedule, axes_tree: Any, mesh: jax.sharding.Mesh | None
+) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for matrices, AdamW for the rest, one schedule for both.
 
     Updates are orthogonal matrices times sqrt(max(1, out / in)), Jordan's scale; `optim.args.consistent_rms=0.2` takes
     that of Liu et al. 2025 (arXiv 2502.16982) instead, with which AdamW's learning rates fit. optax.contrib.muon has an
     Adam of its own that inherits Muon's Nesterov momentum: the partition here keeps the rest to plain AdamW.
     """
-    settings = {
-        "learning_rate": lambda step: cfg.muon_lr * curve(step),
-        "beta": cfg.momentum,
-        "weight_decay": cfg.weight_decay,
-        "muon_weight_dimension_numbers": lambda params: jax.tree.map(
-            lambda axes: matrix(axes) or optax.MaskedNode(), axes_tree, is_leaf=is_axes
-        ),
-    }
-    takes = [n for n in inspect.signature(optax.contrib.muon).parameters if not n.startswith("adam_")]
-    muon = optax.contrib.muon(**settings, **_arguments(cfg, takes, settings))
+    given = inspect.signature(optax.contrib.muon).parameters
+    set_here = ("learning_rate", "beta", "weight_decay", "muon_weight_dimension_numbers")
+    args = _arguments(cfg, [n for n in given if not n.startswith("adam_")], dict.fromkeys(set_here))
+    nesterov, mu_dtype = args.pop("nesterov", True), args.pop("mu_dtype", None)
+    mask = args.pop("weight_decay_mask", None)
+
+    def orthogonal(x: jax.Array, axes: Axes) -> jax.Array:
+        # Muon without a memory and with a learning rate of -1: x made orthogonal, and scaled by its shape.
+        one = optax.contrib.muon(-1.0, beta=0.0, nesterov=False, **args, muon_weight_dimension_numbers=matrix(axes))
+        return one.update(x, one.init(x), x)[0]
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda axes, x: x if isinstance(x, optax.MaskedNode) else whole(orthogonal, x, axes, mesh),
+                            axes_tree, updates, is_leaf=is_axes), state  # fmt: skip
+
+    muon = optax.chain(
+        _momentum(cfg.momentum, nesterov, mu_dtype),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), update),
+        optax.add_decayed_weights(cfg.weight_decay, mask),
+        optax.scale_by_learning_rate(lambda step: cfg.muon_lr * curve(step)),
+    )
     adam = optax.adamw(lambda step: cfg.lr * curve(step), cfg.b1, cfg.b2, cfg.eps, weight_decay=0.0)
     labels = jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", matrices(axes_tree))
     return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+class Momentum(NamedTuple):
+    """Muon's memory. updates: int32, how many so far. mu: the mean of the gradients, a tree like the parameters'."""
+
+    updates: jax.Array
+    mu: Any
+
+
+def _momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
+    """The mean of past gradients with its bias taken off, Nesterov's way: what optax's Muon makes orthogonal."""
+
+    def init(params):
+        return Momentum(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=dtype))
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.updates)
+        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+        if nesterov:
+            ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+            now = optax.tree.bias_correction(updates, beta, count)
+            hat = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
+        else:
+            hat = optax.tree.bias_correction(mu, beta, count)
+        return hat, Momentum(count, optax.tree.cast(mu, dtype))
+
+    return optax.GradientTransformation(init, update)
+
+
+def whole(
+    f: Callable[[jax.Array, Axes], jax.Array], x: jax.Array, axes: Axes, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
+    """f(x, axes) of a stack of matrices, where f takes each matrix by itself and the mesh may split them.
+
+    Devices that hold parts of the same matrices exchange them for whole ones, a share of the stack each, and back: two
+    all-to-alls, where the products of split matrices would be reduced and kept whole on every device, for the whole
+    stack, at each of Newton-Schulz's steps (Liu et al. 2025, section 2.3, gather whole matrices too). A stack that
+    the devices do not divide is filled up with zeros.
+
+    Args:
+      axes: the logical axes of x; those of STACKED come first.
+    """
+    if mesh is None or mesh.size == 1:
+        return f(x, axes)
+    spec = meshes.spec(axes, mesh)
+    stacked = next(i for i, name in enumerate(axes) if name not in STACKED)
+    split = [(i - stacked + 1, axis) for i, part in enumerate(spec) if i >= stacked and part
+             for axis in reversed((part,) if isinstance(part, str) else part)]  # fmt: skip
+    ways = math.prod(mesh.shape[axis] for _, axis in split)
+
+    def local(x):
+        shape = x.shape
+        x = x.reshape(-1, *shape[stacked:])
+        count = x.shape[0]
+        x = jnp.pad(x, ((0, -count % ways), *((0, 0),) * (x.ndim - 1)))
+        for dim, axis in split:
+            x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=dim, tiled=True)
+        x = f(x, (None, *axes[stacked:]))
+        for dim, axis in reversed(split):
+            x = jax.lax.all_to_all(x, axis, split_axis=dim, concat_axis=0, tiled=True)
+        return x[:count].reshape(shape)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def _named(cfg: schema.Optim, schedule: Schedule, axes_tree: Any) -> optax.GradientTransformation:

@@ -24,6 +24,7 @@ class Mesh:
     expert: int = 1  # experts of a mixture; rows of the batch elsewhere
     stage: int = 1  # layers, which microbatches pass one after the other; rows of the batch elsewhere
     dcn_data: int = 1  # slices (or slow networks) that the data axis spans
+    auto: bool = False  # --config.mesh=auto: the axes above are worked out from the model and the devices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def train(
     forward = transformer.Forward(parts.model, mesh)
     chosen = partial.trained(cfg, parts.model, transformer.axes(parts.model))
     axes = partial.split(transformer.axes(parts.model), chosen)[0]
-    tx, schedule = optim.make(cfg.optim, cfg.steps, axes)
+    tx, schedule = optim.make(cfg.optim, cfg.steps, axes, mesh)
     start, abstract = step.make_init(
         lambda key: partial.split(transformer.init(parts.model, key), chosen)[0], tx, axes, mesh
     )

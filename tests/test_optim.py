@@ -134,8 +134,20 @@ def test_muon_over_a_mesh_is_muon_on_one_device(axes, on_one_device):
     m = mesh.make(schema.Mesh(**axes))
     split = jax.device_put(draw(3), mesh.shardings(AXES, m))
     assert not split["block"]["q"].sharding.is_fully_replicated
-    found = updates(cfg(), split, steps=2)
+    found = repeat(optim.make(cfg(), 100, AXES, m)[0], split, jax.tree.map(jnp.zeros_like, split), 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, on_one_device)
+
+
+def test_muon_exchanges_parts_of_matrices_for_whole_ones():
+    """Left to the compiler, products of split matrices are summed over the devices at every step of Newton-Schulz, and
+    kept whole on each, for the whole stack."""
+    m = mesh.make(schema.Mesh(fsdp=4, tensor=2))
+    shapes, axes = {"up": jax.ShapeDtypeStruct((3, 16, 64), jnp.float32)}, {"up": AXES["block"]["up"]}
+    tx, _ = optim.make(cfg(), 100, axes, m)
+    split = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
+                         mesh.shardings(axes, m))  # fmt: skip
+    text = jax.jit(lambda g: tx.update(g, tx.init(g), g)[0]).lower(split).compile().as_text()
+    assert "all-to-all" in text and "all-reduce" not in text and "all-gather" not in text
 
 
 def test_momentum_and_further_arguments_reach_muon():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, constrain, platform, residual
+from lmtrain.mesh import batch_shards, constrain, platform, residual, spec
 from lmtrain.models import lora
 from lmtrain.models import params as p
 from lmtrain.models.layers import Norm, product
@@ -77,8 +77,7 @@ class Ends(nnx.Module):
         self.scalar = Scalar(cfg, rngs) if cfg.scalar_head else None  # last: a model draws the same with and without
 
     def encode(self, tokens_BT, positions_BT, dtype, mesh):
-        table_VD = constrain(self.embed.table[...], ("vocab", None), mesh)
-        x_BTD = table_VD[tokens_BT].astype(dtype)
+        x_BTD = lookup(self.embed.table[...], tokens_BT, dtype, mesh)
         if self.cfg.embed_scale:
             x_BTD = x_BTD * jnp.asarray(math.sqrt(self.cfg.width), dtype)
         if self.positions is not None:
@@ -86,9 +85,14 @@ class Ends(nnx.Module):
         x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
         return residual(x_BTD, mesh)
 
-    def logits(self, hidden_BTD, mesh):
-        w_DV = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        w_DV = w_DV.astype(hidden_BTD.dtype)
+    def output(self) -> jax.Array:
+        """The output matrix [D, V], float32."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden_BTD, mesh, whole_DV=None):
+        """Logits [B, T, V] in float32. whole_DV: of `gathered`, where many calls are to share one."""
+        w_DV = self.output()
+        w_DV = w_DV.astype(hidden_BTD.dtype) if whole_DV is None else instead(whole_DV, w_DV)
         y = product(hidden_BTD, w_DV, mesh, widen=True)
         if self.head is not None and self.head.kernel_lora is not None:
             y = lora.apply(self.cfg.lora, y, hidden_BTD, w_DV, self.head.kernel_lora)
@@ -104,6 +108,57 @@ class Ends(nnx.Module):
             )
         # A sum of products, not a matrix product: those round float32 on accelerators.
         return (hidden_BTD.astype(jnp.float32) * self.scalar.kernel[...]).sum(axis=-1) + self.scalar.bias[...]
+
+
+# ------------------------------------------------------------------------------------------------ tables over a mesh
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """The tokens' rows of the table, [B, T, D] in dtype.
+
+    Over fsdp every device has some columns of the table: it looks those up for the tokens of all, and the devices
+    exchange columns for rows. So neither the table nor its gradient, each V * D float32, is ever whole on a device.
+    """
+    if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return table_VD[tokens_BT].astype(dtype)
+    if tokens_BT.shape[0] % batch_shards(mesh) or tokens_BT.shape[1] % mesh.shape["context"]:
+        return constrain(table_VD, ("vocab", None), mesh)[tokens_BT].astype(dtype)
+
+    def local(table_VD, tokens_BT):
+        if mesh.shape["fsdp"] > 1:
+            tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        if mesh.shape["tensor"] > 1:  # the rows of the table are split, too
+            tokens_BT = tokens_BT - jax.lax.axis_index("tensor") * table_VD.shape[0]
+            here_BT1 = ((tokens_BT >= 0) & (tokens_BT < table_VD.shape[0]))[..., None]
+            x_BTD = jnp.where(here_BT1, table_VD[jnp.clip(tokens_BT, 0, table_VD.shape[0] - 1)], 0).astype(dtype)
+        else:
+            x_BTD = table_VD[tokens_BT].astype(dtype)
+        if mesh.shape["fsdp"] > 1:
+            x_BTD = jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        if mesh.shape["tensor"] == 1:
+            return x_BTD
+        if spread:
+            return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_BTD, "tensor")
+
+    spread = tokens_BT.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]) == 0  # see mesh.residual
+    specs = spec(("vocab", "embed"), mesh), spec(("batch", "length"), mesh)
+    out = spec(("batch", "residual" if spread else "length", None), mesh)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(table_VD, tokens_BT)
+
+
+def gathered(w_DV: jax.Array, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """The output matrix in dtype, whole but for the tensor axis: for a loop, which would gather it in every turn."""
+    # The barrier keeps the cast before the gather: TPU's compiler would fuse it after, and gather float32.
+    w_DV = jax.lax.optimization_barrier(jax.lax.stop_gradient(w_DV).astype(dtype))
+    return constrain(w_DV, (None, "vocab"), mesh)
+
+
+@jax.custom_vjp
+def instead(value: jax.Array, of: jax.Array) -> jax.Array:
+    """value, whose gradient goes to what it stands for, in its dtype and as it is split."""
+    return value
+
+
+instead.defvjp(lambda value, of: (value, of[:0]), lambda of, gradient: (None, gradient.astype(of.dtype)))
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

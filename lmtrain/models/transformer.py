@@ -241,7 +241,10 @@ class Forward:
         """
         ends = self._ends(params)
         chunk = head.chunk_size(self.cfg, self.mesh, *hidden_BTD.shape[:2])
-        return head.in_chunks(lambda h, *a: f(ends.logits(h, self.mesh), *a), chunk, self.mesh, hidden_BTD, *arrays)
+        whole_DV = head.gathered(ends.output(), hidden_BTD.dtype, self.mesh)
+        return head.in_chunks(
+            lambda h, *a: f(ends.logits(h, self.mesh, whole_DV), *a), chunk, self.mesh, hidden_BTD, *arrays
+        )
 
     def cross_entropy(self, logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(-log p(target), logsumexp of the logits), each [B, T]; the vocabulary may be split."""

@@ -150,9 +150,9 @@ def test_a_model_is_trained_on_the_good_lines_of_each_format(write, tmp_path, tr
     prompts = write(text, "prompts.jsonl")
     asked, begin = [], episodes.start
 
-    def start(task, row, template, seed):
+    def start(task, row, template, seed, version=0):
         asked.append(row["messages"][-1]["content"])
-        return begin(task, row, template, seed)
+        return begin(task, row, template, seed, version)
 
     monkeypatch.setattr(episodes, "start", start)
     generous = json.loads(json.dumps(lines.GRADER))  # an untrained model that ends at all says something else

@@ -9,7 +9,8 @@ import pytest
 
 from lmtrain import mesh as meshes
 from lmtrain import schema
-from lmtrain.models import attention, balance, moe, transformer
+from lmtrain.models import attention, balance, head, moe, transformer
+from lmtrain.plan.collectives import collectives
 
 V, B, T = 64, 8, 32
 DENSE = dict(pattern="WG", window=9, activation="swiglu", qkv_bias=True, kv_heads=4)
@@ -153,3 +154,43 @@ def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():
     cfg = tiny(kv_heads=2)
     with pytest.raises(schema.ConfigError, match="mesh.tensor is 4.*kv_heads"):
         same(cfg, dict(tensor=4, data=2))
+
+
+def compiled(cfg, **sizes):
+    """The text of the compiled loss and its gradient on a mesh, and the mesh."""
+    mesh = meshes.make(schema.Mesh(**sizes))
+    shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+                          transformer.shapes(cfg), meshes.shardings(transformer.axes(cfg), mesh))  # fmt: skip
+    rows = {n: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=meshes.sharding(("batch", "length"), mesh))
+            for n in ("tokens_BT", "targets_BT")}  # fmt: skip
+
+    def gradient(params, rows):
+        grad = jax.grad(lambda p: transformer.Forward(cfg, mesh).losses(p, rows).nll_BT.sum())(params)
+        return jax.lax.with_sharding_constraint(grad, meshes.shardings(transformer.axes(cfg), mesh))
+
+    return jax.jit(gradient).lower(shapes, rows).compile().as_text()
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_the_embedding_and_its_gradient_are_never_whole_under_fsdp(sizes):
+    mesh = meshes.make(schema.Mesh(**{"data": 1, **sizes}))
+    table = jax.ShapeDtypeStruct((V, 32), jnp.float32, sharding=meshes.sharding(("vocab", "embed"), mesh))
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=meshes.sharding(("batch", "length"), mesh))
+
+    def gradient(table, tokens):
+        grad = jax.grad(lambda t: (head.lookup(t, tokens, jnp.float32, mesh) ** 2).sum())(table)
+        return jax.lax.with_sharding_constraint(grad, meshes.sharding(("vocab", "embed"), mesh))
+
+    text = jax.jit(gradient).lower(table, tokens).compile().as_text()
+    assert "all-to-all" in text and f"f32[{V},32]" not in text and f"f32[{V // mesh.shape['tensor']},32]" not in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunks_of_logits_share_one_gathered_output_matrix(tied):
+    mesh = meshes.make(schema.Mesh(fsdp=8))
+
+    def gathered(chunk):  # bytes, of all turns of the loop
+        found = collectives(compiled(tiny(tied=tied, loss_chunk=chunk), fsdp=8), mesh)
+        return sum(c.bytes for c in found if c.kind == "all-gather")
+
+    assert gathered(4) == gathered(T) > 32 * V * 4 * 7 / 8

@@ -1,0 +1,132 @@
+"""lmtrain plan: memory against the compiler, the search, mesh=auto, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from lmtrain import cli, config, mesh, schema
+from lmtrain.mesh import AXES
+from lmtrain.models import presets, transformer
+from lmtrain.objectives import pretrain
+from lmtrain.plan import ahead, chips, job, memory, plan, search, traffic
+
+CONFIG = "experiments/pretrain.py:1m,steps=10"
+BASE = ["--config.stages.pretrain.batch_size=64"]
+
+
+def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", optimizer="adamw", accumulate=1, **sizes):
+    model = transformer.resolve(dataclasses.replace(presets.get(name), remat=remat), 131072)
+    stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
+                         data=schema.Data(row_length=length), optim=schema.Optim(name=optimizer))  # fmt: skip
+    axes = dict.fromkeys(AXES, 1) | sizes
+    return job.Job("pretrain", stage, model, chips.parse(topology), axes, job.memories_of(stage, model))
+
+
+def parts(**how):
+    return memory.estimate(made(**how)).parts
+
+
+def test_fsdp_splits_the_state_and_data_does_not():
+    count = transformer.count(made().model)["total"]
+    assert parts(data=64)["parameters"] == 4 * count
+    assert parts(fsdp=64)["parameters"] == pytest.approx(4 * count / 64, rel=1e-2)
+    assert parts(fsdp=64)["optimizer"] == pytest.approx(8 * count / 64, rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion"])
+def test_the_state_is_what_the_run_allocates(optimizer):
+    one = made("1m", rows=16, length=64, topology="cpu:8", optimizer=optimizer, fsdp=4, tensor=2)
+    abstract, _, _ = one.state()
+
+    def local(tree):
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    got = memory.estimate(one).parts
+    assert got["parameters"] == local(abstract.params)
+    assert got["optimizer"] == pytest.approx(local(abstract.opt_state), rel=1e-4)  # Muon's few coefficients aside
+
+
+def test_each_rematerialisation_keeps_less_than_the_one_before():
+    none, dots, full = (parts(fsdp=64, remat=remat)["activations kept"] for remat in ("none", "dots", "full"))
+    assert none > dots > full
+    assert full == pytest.approx(32 * 4096 * 4096 * 2, rel=0.01)  # a layer's input in 16 bits, and nothing else
+
+
+def test_more_microbatches_keep_less_but_for_a_second_gradient():
+    one, four = (parts(fsdp=8, data=8, rows=256, accumulate=a) for a in (1, 4))
+    assert four["activations kept"] == one["activations kept"] / 4
+    assert four["gradients"] == 2 * one["gradients"]
+
+
+def test_the_search_puts_what_fits_first_and_the_fastest_before():
+    found = search.ranked(made("1b", rows=16, length=1024, topology="v5e:2x4"))
+    fits = [c.fits for c in found]
+    assert fits == sorted(fits, reverse=True) and any(fits)
+    assert [c.seconds for c in found if c.fits] == sorted(c.seconds for c in found if c.fits)
+    assert all(c.job.sizes["fsdp"] * c.job.sizes["data"] * c.job.sizes["tensor"] == 8 for c in found)
+
+
+def test_a_model_that_no_chip_holds_is_split():
+    best = search.ranked(made("70b", rows=512, topology="v5p:8x8x8"), same_batches=True)[0]
+    assert best.fits and best.job.sizes["fsdp"] * best.job.sizes["tensor"] > 8
+
+
+def test_mesh_auto_divides_every_stage(tmp_path):
+    c = config.override(config.load(CONFIG), ["--config.mesh=auto", *BASE])
+    e = config.build(c)
+    assert e.mesh.auto
+    chosen = search.auto(e, jax.devices())
+    assert not chosen.auto and mesh.make(chosen).size == 8
+
+
+def test_the_plan_is_written_down(tmp_path, capsys):
+    assert cli.main(["plan", "--config", CONFIG, "--topology", "v5e:4x4", *BASE, "--price", "1.5", "--search",
+                     "--json", str(tmp_path / "p.json")]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "MFU" in said and "in money" in said and "the best by the roofline" in said
+    got = json.loads((tmp_path / "p.json").read_text())
+    assert got["devices"] == 16 and got["memory"]["fits"] and 0 < got["mfu"] <= 1
+    assert got["cost"] == pytest.approx(1.5 * got["days"] * 24 * 16)
+    assert got["tokens"] == 10 * 64 * 256
+
+
+def test_a_well_known_shape_takes_the_tokenizers_vocabulary():
+    e, name = job.read("experiments/pretrain.py:mixtral-8x7b")
+    assert job.models(e)[name].vocab_size == 131072 != transformer.resolve(presets.get("mixtral-8x7b")).vocab_size
+
+
+def test_past_what_is_compiled_the_plan_says_so(capsys):
+    plan(CONFIG, "v5p:16x16x24", slices=16, overrides=["--config.stages.pretrain.batch_size=98304"])
+    assert "not compiled at this size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, says", [
+        (["--topology", "v5x:4x4"], "no chip"),
+        (["--topology", "v5e:4x4", "--stage", "pretrian"], "Did you mean pretrain?"),
+        (["--topology", "v5e:4x4", "--config.mesh.fsdp=3"], "asks for a multiple of 3 devices, but 16"),
+        (["--topology", "v5e:4x4", "--config.stages.pretrain.batch_size=24"], "must be a multiple of 16"),
+        (["--topology", "v5e:4x4", "--price", "-1"], "--price is -1"),
+        (["--topology", "v5e:4x4", "--slices", "3", "--config.mesh.fsdp=48"], "only the data axis"),
+    ])  # fmt: skip
+def test_what_cannot_be_planned_is_refused_in_one_sentence(more, says, capsys):
+    assert cli.main(["plan", "--config", CONFIG, *BASE, *more]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_out_of_memory_is_read_off_both_of_libtpus_messages():
+    begin = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, "
+    one = begin + "the total memory required for HLO temporaries (56.00G) exceeds available HBM (15.75G)."
+    two = begin + "used more. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G."
+    assert ahead.out_of_memory(one) == (56 * 2**30, 15.75 * 2**30)
+    assert ahead.out_of_memory(two) == (18.5 * 2**30, 15.75 * 2**30)
+    assert ahead.out_of_memory("INVALID_ARGUMENT: no such thing") is None
+
+
+def test_mfu_is_bounded_by_what_is_computed_twice():
+    none, full = (traffic.roofline(made(fsdp=64, remat=remat)) for remat in ("none", "full"))
+    assert none.mfu <= 1 and full.mfu <= 0.75 + 1e-6 and none.mfu_serial <= none.mfu

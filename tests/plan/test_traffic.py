@@ -1,0 +1,122 @@
+"""What the compiled update sends between devices: which kinds of collectives, along which axes, and how many bytes."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from lmtrain import schema
+from lmtrain.mesh import AXES
+from lmtrain.models import transformer
+from lmtrain.objectives import pretrain
+from lmtrain.plan import ahead, chips, traffic
+from lmtrain.plan.collectives import collectives
+from lmtrain.plan.job import Job, memories_of
+
+MODEL = schema.Model(layers=8, width=64, heads=8, mlp=128, vocab_size=128, tied=False, remat="full", unroll=1)
+CPU = dataclasses.replace(chips.chips()["cpu"], memory=1e9, hbm=1e10, link=1e10, network=1e10, peak=1e10)
+
+
+def job(model=MODEL, rows=16, length=32, accumulate=1, **sizes):
+    axes = dict.fromkeys(AXES, 1) | sizes
+    model = transformer.resolve(model)
+    stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
+                         data=schema.Data(row_length=length))  # fmt: skip
+    return Job("pretrain", stage, model, chips.Topology(CPU, (8,)), axes, memories_of(stage, model))
+
+
+@functools.cache
+def compiled(**sizes):
+    model = dataclasses.replace(MODEL, experts=4) if "expert" in sizes else MODEL
+    made = job(model, **sizes)
+    found, planned = {}, {}
+    for c in ahead.compile(made).exchanged:
+        found[c.kind, c.axes] = found.get((c.kind, c.axes), 0) + c.bytes
+    for e in traffic.exchanges(made):
+        planned[e.kind, (e.axis,)] = planned.get((e.kind, (e.axis,)), 0) + e.bytes
+    return found, planned
+
+
+def scattered(bytes_by_kind):
+    """CPU's compiler scatters by a sum and a slice, twice the bytes: both as sums. What is small is left out."""
+    out = {}
+    for (kind, _), size in bytes_by_kind.items():
+        kind, size = ("all-reduce", 2 * size) if kind == "reduce-scatter" else (kind, size)
+        out[kind] = out.get(kind, 0) + size
+    return {kind: size for kind, size in out.items() if size > 0.03 * sum(out.values())}
+
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"context": 8}, {"data": 2, "expert": 4}, {"fsdp": 4, "context": 2},
+          {"fsdp": 2, "expert": 4}, {"stage": 8}]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(s, marks=() if s == {"fsdp": 4, "context": 2} else pytest.mark.slow)
+                                   for s in MESHES], ids=str)  # fmt: skip
+def test_the_compiled_update_sends_what_is_planned(sizes):
+    found, planned = compiled(**sizes)
+    assert {axis for _, axes in found for axis in axes} == {axis for axis, n in sizes.items() if n > 1}
+    found, planned = scattered(found), scattered(planned)
+    assert set(found) == set(planned), "kinds of collectives"
+    for kind, size in planned.items():
+        assert size == pytest.approx(found[kind], rel=0.1), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
+                                   {"stage": 2, "fsdp": 2, "tensor": 2}], ids=str)  # fmt: skip
+def test_with_a_tensor_axis_the_kinds_differ_and_the_bytes_do_not(sizes):
+    """XLA turns some gathers of positions into all-to-alls; all bytes along the axis, a sum as the scatter it is."""
+    found, planned = ({axis: 0.0 for axis, n in sizes.items() if n > 1} for _ in range(2))
+    for total, sent in zip((found, planned), compiled(**sizes), strict=True):
+        for (kind, axes), size in sent.items():
+            total[axes[-1]] += size / 2 if kind == "all-reduce" and "tensor" in axes else size
+    assert planned["tensor"] == pytest.approx(found["tensor"], rel=0.35)
+    kinds = {kind for kind, axes in compiled(**sizes)[0] if axes == ("tensor",)}
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
+def test_slices_only_exchange_what_a_slice_leaves_to_each_device():
+    one, four = (dataclasses.replace(job(data=8, rows=16), topology=chips.Topology(CPU, (8 // n,), n)) for n in (1, 4))
+    within, between = ({e.axis: 0.0 for e in traffic.exchanges(j)} for j in (one, four))
+    for total, made in ((within, one), (between, four)):
+        for e in traffic.exchanges(made):
+            total[e.axis] += e.bytes
+    assert set(within) == {"data"} and set(between) == {"data", "dcn"}
+    assert sum(within.values()) == pytest.approx(sum(between.values()))  # 2 (n - 1) / n of the gradients, either way
+    assert between["dcn"] == pytest.approx(2 * 3 / 4 / 2 * within["data"] / (2 * 7 / 8))
+
+
+LOOP = """
+%body.1 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8,4] get-tuple-element(%p), index=1
+  %sum = f32[8,4] all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %out = (s32[], f32[8,4]) tuple(%next, %sum)
+}
+
+%condition.1 (p: (s32[], f32[8,4])) -> pred[] {
+  %p.1 = (s32[], f32[8,4]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%i.1, %ten), direction=LT
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x.2 = f32[8,4] parameter(0)
+  %begin = (s32[], f32[8,4]) tuple(%zero, %x.2)
+  %loop = (s32[], f32[8,4]) while(%begin), condition=%condition.1, body=%body.1
+  ROOT %g = f32[64,4] all-gather(%x.2), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_groups_name_their_axes():
+    mesh = type("Mesh", (), {"devices": np.arange(8).reshape(4, 2), "axis_names": ("data", "fsdp")})
+    reduced, gathered = collectives(LOOP, mesh)
+    assert (reduced.kind, reduced.axes, reduced.times) == ("all-reduce", ("data",), 5)  # 10 by twos
+    assert reduced.bytes == 5 * 2 * 3 / 4 * 8 * 4 * 4
+    assert (gathered.kind, gathered.axes, gathered.bytes) == ("all-gather", ("fsdp",), 64 * 4 * 4 / 2)
