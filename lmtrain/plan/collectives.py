@@ -174,10 +174,17 @@ def _groups(line: str, kind: str) -> list[tuple[int, ...]]:
         ids = np.arange(math.prod(dims)).reshape(dims)
         ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
         return [tuple(int(i) for i in row) for row in ids.reshape(shape)]
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(?\[?([\d,]*)\]?\)?)? ?\{(.*?)\}", line):
+    named = re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", line
+    )
+    if named:
         axes = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])]
-        along = re.findall(r"'([^']+)'", named[3])
-        ids = np.arange(math.prod(n for _, n in axes)).reshape([n for _, n in axes])
+        along = re.findall(r"'([^']+)'", named[4])
+        ids = np.arange(math.prod(n for _, n in axes))
+        if named[2]:  # the devices in another order
+            ids = ids.reshape([int(n) for n in named[2].split(",")])
+            ids = ids.transpose([int(n) for n in named[3].split(",")]) if named[3] else ids
+        ids = ids.reshape([n for _, n in axes])
         order = [i for i, (name, _) in enumerate(axes) if name not in along] + [
             i for name in along for i, (other, _) in enumerate(axes) if other == name]  # fmt: skip
         size = math.prod(n for name, n in axes if name in along)

@@ -114,6 +114,21 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 """
 
 
+@pytest.mark.parametrize("groups, axes", [
+    ("{{0,2,4,6},{1,3,5,7}}", ("data",)),
+    ("[4,2]<=[8]", ("fsdp",)),
+    ("[2,4]<=[4,2]T(1,0)", ("data",)),
+    ("mesh['a'=4,'b'=2] {'b'}", ("fsdp",)),
+    ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", ("data",)),
+    ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b'}", ("data", "fsdp")),
+])  # fmt: skip
+def test_every_way_that_compilers_write_groups_names_their_axes(groups, axes):
+    mesh = type("Mesh", (), {"devices": np.arange(8).reshape(4, 2), "axis_names": ("data", "fsdp")})
+    line = f"  ROOT %g = f32[64] all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
+    (found,) = collectives(f"ENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n}}\n", mesh)
+    assert found.axes == axes
+
+
 def test_a_loop_counts_as_often_as_it_runs_and_groups_name_their_axes():
     mesh = type("Mesh", (), {"devices": np.arange(8).reshape(4, 2), "axis_names": ("data", "fsdp")})
     reduced, gathered = collectives(LOOP, mesh)
