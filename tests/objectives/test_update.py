@@ -176,7 +176,7 @@ def test_every_objective_is_found_by_its_name_and_says_what_it_needs():
         assert set(made.keys()) == {f for f in kind.__dataclass_fields__ if not f.isupper()}
     with pytest.raises(ConfigError, match="Did you mean dapo"):
         config.loss_settings("dappo")
-    assert {n for n in OBJECTIVES if hasattr(objective(n), "first")} == {"kto"}
+    assert {n for n in OBJECTIVES if hasattr(objective(n), "first")} == {"kto", "group_dro"}
     assert {n for n in OBJECTIVES if getattr(settings(n), "SCALAR", False)} == {"reward", "discriminator", "ppo"}
 
 
