@@ -31,7 +31,7 @@ from lmtrain.plan.job import Job, spec_axes
 #: Shares that TPU's compiler has at once, fitted to it (docs/plan.md): of what a layer would keep without
 #: rematerialisation, while it is worked on; of the logits in float32, their gradient included; of the output matrix in
 #: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
-LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.25, 1.25, 1.5
+LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.5, 2.0, 1.0
 
 #: A layer is traced with so many rows, by which what belongs to rows is told from parameters: few sizes are multiples.
 ROWS = 13
@@ -173,7 +173,10 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
     given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((tables, segments))}
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.shape and leaf.shape[0] % ROWS == 0]  # parameters are not
     ways = [tensor if leaf.shape[-1] == model.width and length % tensor == 0 else 1 for leaf in kept]
-    return sum(leaf.size * leaf.dtype.itemsize / n for leaf, n in zip(kept, ways, strict=True)
+    # TPU's kernel takes and gives arrays of heads, whose last dimension the chip pads to 128.
+    pad = -(-model.head_dim // 128) * 128 / model.head_dim if attention == "splash" else 1.0
+    pads = [pad if leaf.shape[-1] == model.head_dim else 1.0 for leaf in kept]
+    return sum(leaf.size * leaf.dtype.itemsize * more / n for leaf, n, more in zip(kept, ways, pads, strict=True)
                if (leaf.shape, leaf.dtype) not in given) / ROWS  # fmt: skip
 
 
@@ -222,7 +225,7 @@ def optimizer_work(job: Job, params: float) -> float:
     """What an update takes beside the state and the gradients: the updates, and Muon's whole matrices."""
     if job.stage.optim.name != "muon":
         return params
-    return params + max(whole_matrices(job), default=0.0) * 4 * 4
+    return params + max(whole_matrices(job), default=0.0) * 4 * 2
 
 
 def whole_matrices(job: Job) -> list[float]:
