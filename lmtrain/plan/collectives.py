@@ -32,8 +32,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange. axes: those of the mesh that its groups run along, or dcn. bytes: what a device receives in one
-    step, all repetitions together. times: how often it runs. dtypes: of what is sent."""
+    """One kind of exchange. axes: those of the mesh that its groups run along, or dcn. bytes: what a device receives in
+    one step, all repetitions together. times: how often it runs. dtypes: of what is sent."""
 
     kind: str
     axes: tuple[str, ...]

@@ -33,6 +33,9 @@ from lmtrain.plan.job import Job, spec_axes
 #: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
 LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.5, 2.0, 1.0
 
+#: So far, as a share, estimate and compiler may lie apart.
+ERROR = 0.15
+
 #: A layer is traced with so many rows, by which what belongs to rows is told from parameters: few sizes are multiples.
 ROWS = 13
 
@@ -59,6 +62,12 @@ class Memory:
     @property
     def total(self) -> float:
         return max(self.heights.values())
+
+    def says(self, available: float) -> str:
+        """Whether it fits; within the estimate's own error of what there is, that it is at the limit."""
+        if self.total > (1 + ERROR) * available:
+            return "does not fit"
+        return "fits" if self.total <= (1 - ERROR) * available else "at the limit"
 
 
 def estimate(job: Job) -> Memory:

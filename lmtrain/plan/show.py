@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
+SAID = {"fits": "", "at the limit": " at the limit", "does not fit": " too much"}
 
 
 def table(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -25,12 +26,11 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
     memory = plan["memory"]
     rows = Table("memory of a device", "GiB", title_justify="left")
     for part, size in memory.items():
-        if part not in ("total", "available", "fits", "height"):
+        if part not in ("total", "available", "fits", "says", "height"):
             rows.add_row(part, f"{size / GIB:.2f}")
-    says = "fits" if memory["fits"] else "does not fit"
     rows.add_row(
         f"[bold]at the height[/] ({memory['height']})",
-        f"[bold]{memory['total'] / GIB:.2f}[/] of {memory['available'] / GIB:.2f}: {says}",
+        f"[bold]{memory['total'] / GIB:.2f}[/] of {memory['available'] / GIB:.2f}: {memory['says']}",
     )
     _numbers(rows)
     out.print(rows)
@@ -79,7 +79,7 @@ def _search(out: Console, found: list[dict[str, Any]]) -> None:
     rows = Table("mesh", "accumulate", "remat", "GiB", "seconds", "MFU", "bound by", title="the best by the roofline",
                  title_justify="left")  # fmt: skip
     for c in found:
-        size = f"{c['memory'] / GIB:.1f}{'' if c['fits'] else ' too much'}"
+        size = f"{c['memory'] / GIB:.1f}{SAID[c['says']]}"
         share = f"{c['mfu_serial']:.0%} to {c['mfu']:.0%}"
         rows.add_row(mesh(c["mesh"]), str(c["accumulate"]), c["remat"], size, f"{c['seconds']:.4g}", share, c["bound"])
     _numbers(rows, (1, 3, 4, 5))
