@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lmtrain.plan.memory import ERROR
+
 GIB = 2**30
 SAID = {"fits": "", "at the limit": " at the limit", "does not fit": " too much"}
 
@@ -20,7 +22,7 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
     )
     out.print(f"{plan['parameters']:,} parameters ({plan['active']:,} for a token), {plan['flops_per_token']:.3g} "
               f"training FLOPs a token; {plan['batch_size']} rows of {plan['row_length']} in {plan['accumulate']} "
-              f"microbatches, remat={plan['remat']}, {plan['optimizer']}, {plan['attention']} attention",
+              f"microbatch{'es' if plan['accumulate'] > 1 else ''}, remat={plan['remat']}, {plan['optimizer']}, {plan['attention']} attention",
               soft_wrap=True)  # fmt: skip
 
     memory = plan["memory"]
@@ -34,10 +36,12 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
     )
     _numbers(rows)
     out.print(rows)
+    if memory["says"] == "at the limit" and "compiled" not in plan:
+        out.print(f"The estimate may be off by {ERROR:.0%}: --compile tells whether it fits.")
 
     time = plan["time"]
     rows = Table("what waits for what, in an update", "bytes", "at", "seconds")
-    rows.add_row("compute", "", f"{plan['chips']['flops'] / 1e12:.0f} TFLOP/s", f"{time['compute']:.4g}")
+    rows.add_row("compute", "", f"{plan['chips']['flops'] / 1e12:.3g} TFLOP/s", f"{time['compute']:.4g}")
     rows.add_row("memory", "", f"{plan['chips']['hbm'] / 1e9:.0f} GB/s", f"{time['memory']:.4g}")
     merged: dict[tuple[str, str, str], list[float]] = {}
     for x in plan["traffic"]:
@@ -66,13 +70,10 @@ def mesh(sizes: dict[str, int]) -> str:
 
 
 def _days(days: float) -> str:
-    return (
-        f"{days * 24 * 60:.1f} minutes"
-        if days < 1 / 24
-        else f"{days * 24:.1f} hours"
-        if days < 2
-        else f"{days:,.1f} days"
-    )
+    for unit, n in {"days": days, "hours": days * 24, "minutes": days * 1440}.items():
+        if n >= (2 if unit == "days" else 1):
+            return f"{n:,.1f} {unit}"
+    return f"{days * 86400:.2g} seconds"
 
 
 def _search(out: Console, found: list[dict[str, Any]]) -> None:

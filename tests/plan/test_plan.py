@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from lmtrain import cli, config, mesh, schema
@@ -147,3 +148,8 @@ def test_heads_narrower_than_a_tpus_lanes_are_counted_as_padded():
 
     padded = 2 * 1024 * 12 * (128 - 64)  # the output of attention, once, in 16 bits
     assert kept(64, 12) - kept(128, 6) == pytest.approx(padded + 4 * 1024 * 6)  # and each head's sum, float32
+
+
+def test_the_height_of_a_cpus_program_has_what_it_works_in():
+    program = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x.T, axis=0) @ x).lower(jnp.zeros((256, 256))).compile()
+    assert ahead.height(program.memory_analysis(), "cpu") >= 3 * 256 * 256 * 4  # argument, product, result
