@@ -22,8 +22,8 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
     )
     out.print(f"{plan['parameters']:,} parameters ({plan['active']:,} for a token), {plan['flops_per_token']:.3g} "
               f"training FLOPs a token; {plan['batch_size']} rows of {plan['row_length']} in {plan['accumulate']} "
-              f"microbatch{'es' if plan['accumulate'] > 1 else ''}, remat={plan['remat']}, {plan['optimizer']}, {plan['attention']} attention",
-              soft_wrap=True)  # fmt: skip
+              f"microbatch{'es' if plan['accumulate'] > 1 else ''}, remat={plan['remat']}, {plan['optimizer']}, "
+              f"{plan['attention']} attention", soft_wrap=True)  # fmt: skip
 
     memory = plan["memory"]
     rows = Table("memory of a device", "GiB", title_justify="left")
