@@ -88,7 +88,7 @@ def estimate(job: Job) -> Memory:
         "activations kept": kept,
         "a layer's work": work,
         "logits": logits_bytes(job),
-        "optimizer's work": optimizer_work(job, params),
+        "optimizer's work": optimizer_work(job),
         "cache": cache_bytes(job),
     }
     return Memory(parts, accumulates)
@@ -231,11 +231,14 @@ def chunk_positions(job: Job) -> int:
     return -(-job.length // -(-job.length // chunk))
 
 
-def optimizer_work(job: Job, params: float) -> float:
-    """What an update takes beside the state and the gradients: the updates, and Muon's whole matrices."""
+def optimizer_work(job: Job) -> float:
+    """What an update takes beside the state and the gradients: the updates of one parameter after the other, and Muon's
+    whole matrices."""
+    most = max((4 * leaf.size / math.prod(job.sizes[a] for a in split)
+                for path, _, leaf, split in job.parameters() if path in job.memories), default=0.0)  # fmt: skip
     if job.stage.optim.name != "muon":
-        return params
-    return params + max(whole_matrices(job), default=0.0) * 4 * 2
+        return most
+    return most + max(whole_matrices(job), default=0.0) * 4 * 2
 
 
 def whole_matrices(job: Job) -> list[float]:
