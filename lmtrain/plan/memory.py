@@ -53,7 +53,9 @@ class Memory:
         p = self.parts
         state = p["parameters"] + p["optimizer"] + p["frozen"] + p["cache"]
         kept = p["weights in 16 bits"] + p["activations kept"]
-        summed = p["gradients"] / 2 if self.accumulates else p["gradients"]  # over microbatches, a microbatch's own gone
+        summed = (
+            p["gradients"] / 2 if self.accumulates else p["gradients"]
+        )  # over microbatches, a microbatch's own gone
         return {
             "logits": state + kept + p["logits"] + (summed if self.accumulates else 0),
             "layers": state + kept + p["gradients"] + p["gathered weights"] + p["a layer's work"],
