@@ -26,7 +26,7 @@ state() { gcloud compute tpus queued-resources describe "$name" --zone="$zone" -
 
 create() {
     do_ gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
-        --accelerator-type="$type" --runtime-version="$runtime" ${SPOT:+--spot}
+        --accelerator-type="$type" --runtime-version="$runtime" ${SPOT:+--spot} || return
     [[ $dry ]] && return
     until [[ $(state) == ACTIVE ]]; do
         case $(state) in FAILED | SUSPENDED) echo "the slice is $(state)" >&2; return 1 ;; esac
@@ -35,9 +35,9 @@ create() {
 }
 delete() { do_ gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet; }
 setup() {
-    do_ tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/lmtrain.tar.gz -C "$root" .
-    do_ gcloud compute tpus tpu-vm scp /tmp/lmtrain.tar.gz "$name": --zone="$zone" --worker=all
-    workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,tensorboard]'"
+    do_ tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/lmtrain.tar.gz -C "$root" . &&
+        do_ gcloud compute tpus tpu-vm scp /tmp/lmtrain.tar.gz "$name": --zone="$zone" --worker=all &&
+        workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,tensorboard]'"
 }
 run() { # its exit status is left in status; nothing there means that it still runs
     workers "cd lmtrain && rm -f status && (setsid nohup bash -c '.venv/bin/lmtrain run $(printf '%q ' "$@") >> lmtrain.log 2>&1; echo \$? > status' > /dev/null 2>&1 &)"
@@ -45,18 +45,31 @@ run() { # its exit status is left in status; nothing there means that it still r
 logs() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="tail -n 100 -F lmtrain/lmtrain.log"; }
 stop() { workers "pkill -TERM -f '[l]mtrain run' || true"; }
 status() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="cat lmtrain/status 2>/dev/null" 2>/dev/null || true; }
+running() { [[ ! $dry ]] && gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="pgrep -f '[l]mtrain run'" >/dev/null 2>&1; }
 resume() {
+    local pause=30 restart code
     for ((restart = 0; restart <= ${RESTARTS:-20}; restart++)); do
         if [[ $dry || $(state) != ACTIVE ]]; then
             delete || true
-            create
-            setup
+            if ! { create && setup; }; then # none to be had now, perhaps
+                echo "no slice; again in $pause s" >&2
+                sleep $pause
+                pause=$((pause < 900 ? 2 * pause : 1800))
+                continue
+            fi
         fi
-        run "$@"
+        running || run "$@" || continue
         [[ $dry ]] && return
-        while [[ $(state) == ACTIVE && -z $(status) ]]; do sleep 30; done
-        case $(status) in 0) return 0 ;; 2) echo "refused; see the log" >&2; return 2 ;; esac
+        pause=30
+        code=
+        while [[ $(state) == ACTIVE ]]; do
+            code=$(status)
+            [[ $code ]] && break
+            sleep 30
+        done
+        case $code in 0) return 0 ;; 2) echo "refused; see the log" >&2; return 2 ;; esac
     done
+    echo "not done after ${RESTARTS:-20} restarts" >&2
     return 1
 }
 

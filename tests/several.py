@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,17 @@ def same_losses(a, b):
 
 def sha(folder):
     return checkpoint.params_sha256(checkpoint.load_params(folder / "pretrain/checkpoints"))
+
+
+def cut(folder, to, step):
+    """A copy of a run as it was at a step, as if it had been killed after that checkpoint."""
+    shutil.copytree(folder, to)
+    (to / "summary.json").unlink()
+    for s in checkpoint.steps(to / "pretrain/checkpoints"):
+        if s > step:
+            shutil.rmtree(to / f"pretrain/checkpoints/{s}")
+    log.truncate_jsonl(to / "pretrain/metrics.jsonl", step)
+    return to
 
 
 SHAPES = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2)}

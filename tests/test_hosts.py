@@ -18,6 +18,7 @@ from tests.several import (
     SHAPES,
     STEPS,
     at_step,
+    cut,
     environment,
     finish,
     losses,
@@ -39,17 +40,6 @@ def test_processes_lose_what_one_loses(whole, shape):
     assert same_losses(losses(whole(shape)), losses(whole("1x8")))
 
 
-def cut(folder, to, step):
-    """A copy of a run as it was at a step, as if it had been killed after that checkpoint."""
-    shutil.copytree(folder, to)
-    (to / "summary.json").unlink()
-    for s in checkpoint.steps(to / "pretrain/checkpoints"):
-        if s > step:
-            shutil.rmtree(to / f"pretrain/checkpoints/{s}")
-    log.truncate_jsonl(to / "pretrain/metrics.jsonl", step)
-    return to
-
-
 @pytest.mark.parametrize("before, after", [(a, b) for a in SHAPES for b in SHAPES if a != b])
 def test_a_checkpoint_of_any_number_of_processes_goes_on_with_any_other(tiny, whole, tmp_path, before, after):
     folder = cut(whole(before), tmp_path / "run", 10)
@@ -64,6 +54,31 @@ def test_four_processes_then_two_then_four_learn_the_same(tiny, whole, tmp_path)
     folder = cut(folder, tmp_path / "second", 20)
     finish(start(tiny, folder, 4, 2))
     assert same_losses(losses(folder), losses(whole("1x8")))
+
+
+# More than data over the processes: an axis that crosses hosts, and what each of them then has only a part of.
+MESHES = {
+    "tensor-over-hosts": ["mesh.fsdp=2", "mesh.tensor=4"],
+    "stage-fsdp-tensor": ["mesh.stage=2", "mesh.fsdp=2", "mesh.tensor=2"],
+    "context-over-hosts": ["mesh.fsdp=2", "mesh.context=4"],
+    "fsdp-expert": ["mesh.fsdp=2", "mesh.expert=4", "model.experts=4", "model.experts_per_token=2"],
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_any_mesh_over_processes_learns_what_one_process_does(tiny, tmp_path, name):
+    flags = ["mesh.data=1", "model.layers=2", "model.heads=4", "samples=2", "steps=12", "checkpoint_every=6"]
+    flags += MESHES[name]
+    flags = [f"--config.{f}" if f.startswith("mesh") else f"--config.stages.pretrain.{f}" for f in flags]
+    finish(start(tiny, tmp_path / "one", 1, 8, *flags))
+    finish(start(tiny, tmp_path / "four", 4, 2, *flags))
+    assert len(losses(tmp_path / "one")) == 13
+    assert same_losses(losses(tmp_path / "four"), losses(tmp_path / "one"))
+    samples = [(tmp_path / run / "pretrain/samples.jsonl").read_text() for run in ("one", "four")]
+    assert samples[0] == samples[1] and samples[0].count("\n") >= 4
+    folder = cut(tmp_path / "four", tmp_path / "two", 6)
+    finish(start(tiny, folder, 2, 4, *flags))
+    assert same_losses(losses(folder), losses(tmp_path / "one"))
 
 
 # -------------------------------------------------------------------------------------------- killed, told, stopped
@@ -131,6 +146,32 @@ def test_the_hosts_own_disks_are_newer_where_no_host_was_replaced(tiny, whole, t
     said = finish(start(tiny, folder, 2, 2, *near))
     assert re.search("going on from step 5 " if lost else "own disks have step (9|12)", said)
     assert sha(folder) == sha(whole("2x2"))
+
+
+FULL = """
+import os, pathlib, resource
+from lmtrain.data.pipeline import Pipeline
+true, taken, mark = Pipeline.next, [], pathlib.Path(__file__ + ".mark")
+def limited(self, params=None):
+    taken.append(1)
+    if len(taken) == 14 and os.environ["LMTRAIN_PROCESS"] == "{victim}" and not mark.exists():
+        mark.touch()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+    return true(self, params)
+Pipeline.next = limited
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
+def test_a_disk_that_refuses_one_process_ends_all_and_keeps_the_last_good_checkpoint(tiny, whole, tmp_path, victim):
+    """No file of that process may grow past 100 bytes any more, from about its 12th step until it begins again."""
+    config = tiny.parent / f"full{victim}.py"
+    config.write_text(tiny.read_text() + FULL.format(victim=victim))
+    said = finish(start(config, tmp_path / "run", 2, 2, restarts=1))
+    assert "File too large" in said and "all ended with status 74; again in 1 s" in said, said
+    assert re.search("going on from step (5|10) of", said) and "Traceback" not in said, said
+    assert "*** " not in said, said
+    assert sha(tmp_path / "run") == sha(whole("2x2"))
 
 
 def test_a_signal_to_the_launcher_reaches_all(tiny, tmp_path):

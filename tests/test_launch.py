@@ -42,6 +42,13 @@ def test_local_refuses_what_is_no_number():
     assert done.returncode == 2 and "usage: launch/local.sh" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["DEVICES", "RESTARTS", "BACKOFF"])
+def test_local_refuses_a_setting_that_is_no_number(name):
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(LAUNCH.parent), name: "x"}
+    done = subprocess.run([LAUNCH / "local.sh", "2", *ARGS], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and f"{name} is 'x', but takes a number" in done.stderr and "Trace" not in done.stderr
+
+
 def test_slurm_runs_one_step_over_the_nodes():
     assert re.fullmatch(rf"srun .*-m lmtrain.cli run {' '.join(ARGS)}\n", dry("slurm.sbatch", *ARGS))
     text = (LAUNCH / "slurm.sbatch").read_text()
@@ -55,6 +62,48 @@ def test_the_tpu_script_goes_from_creation_to_deletion():
     for line, part in zip(said, wanted, strict=True):
         assert re.search(part, line), line
     assert "delete t" in dry("tpu_vm.sh", "delete", NAME="t") and "TERM" in dry("tpu_vm.sh", "stop")
+
+
+GCLOUD = """#!/bin/bash
+# A cloud in a folder: `plan` has what each creation does; the slice's state is in `state`.
+cd "$(dirname "$0")"; echo "$*" >> calls
+case "$*" in
+    *describe*) cat state 2>/dev/null || exit 1 ;;
+    *"queued-resources create"*)
+        next=$(head -n 1 plan); sed -i 1d plan
+        [[ $next == fails ]] && exit 1
+        echo "$next" > state ;;
+    *"queued-resources delete"*) rm -f state ;;
+    *pgrep*) exit 1 ;;
+    *"rm -f status"*) rm -f status; run=$(head -n 1 runs); sed -i 1d runs
+        if [[ $run == preempted ]]; then echo SUSPENDED > state; else echo "$run" > status; fi ;;
+    *"cat lmtrain/status"*) cat status 2>/dev/null ;;
+esac
+exit 0
+"""
+
+
+@pytest.mark.parametrize(
+    "plan, runs, ends, created",
+    [
+        ("ACTIVE", "0", 0, 1),
+        ("fails FAILED ACTIVE", "0", 0, 3),  # no quota, then no capacity, then a slice
+        ("ACTIVE ACTIVE", "preempted 0", 0, 2),
+        ("ACTIVE", "76 0", 0, 1),  # a host was lost, the slice stands
+        ("ACTIVE", "2", 2, 1),
+        ("fails fails fails", "", 1, 3),
+    ],
+)
+def test_the_tpu_script_goes_on_through_preemptions(tmp_path, plan, runs, ends, created):
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/bash\n", "tar": "#!/bin/bash\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "plan").write_text(plan.replace(" ", "\n") + "\n")
+    (tmp_path / "runs").write_text(runs.replace(" ", "\n") + "\n")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RESTARTS": "2" if ends == 1 else "9"}
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "resume", *ARGS], capture_output=True, text=True, env=env, timeout=20)
+    assert done.returncode == ends, done.stderr
+    assert (tmp_path / "calls").read_text().count("queued-resources create") == created
 
 
 def test_the_jobsets_pods_know_their_place():

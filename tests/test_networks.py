@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.several import at_step, environment, losses, same_losses, tiny, whole
+from tests.several import at_step, cut, environment, finish, losses, same_losses, start, tiny, whole
 
 __all__ = ["tiny", "whole"]
 pytestmark = [
@@ -92,6 +92,15 @@ def test_hosts_on_a_network_lose_what_one_process_loses(tiny, whole, hosts, tmp_
     assert [p.returncode for p in job.running] == [0] * count, "\n".join(said)
     assert f"hosts: {count} processes, by LMTRAIN_COORDINATOR, coordinator {names[0]}:8476" in said[0]
     assert same_losses(losses(tmp_path / "run"), losses(whole("1x8")))
+
+
+def test_a_checkpoint_goes_from_one_machine_to_a_network_and_back(tiny, whole, hosts, tmp_path):
+    folder = cut(whole("1x8"), tmp_path / "run", 10)
+    said = Job(tiny, folder, hosts(4)[0], 2).communicate()
+    assert "going on from step 10" in said[0], "\n".join(said)
+    folder = cut(folder, tmp_path / "back", 20)
+    assert "going on from step 20" in finish(start(tiny, folder, 2, 4))
+    assert same_losses(losses(folder), losses(whole("1x8")))
 
 
 def test_a_host_whose_cable_is_pulled_is_named_and_all_end(tiny, hosts, tmp_path):

@@ -15,7 +15,20 @@ import time
 import pytest
 
 from lmtrain import checkpoint
-from tests.several import LAUNCH, at_step, environment, losses, same_losses, sha, step_of, tiny, whole
+from tests.several import (
+    LAUNCH,
+    at_step,
+    cut,
+    environment,
+    finish,
+    losses,
+    same_losses,
+    sha,
+    start,
+    step_of,
+    tiny,
+    whole,
+)
 
 __all__ = ["tiny", "whole"]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -103,12 +116,13 @@ def said(*argv, env):
 class Job:
     """A job; looks like a launcher to at_step."""
 
-    def __init__(self, cluster, tiny, workdir, devices, **more):
+    def __init__(self, cluster, tiny, workdir, devices, tasks=1):
         self.env = cluster | environment(tiny) | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
-                   "XLA_FLAGS": "", "PYTHON": sys.executable, **more}  # fmt: skip
+                   "XLA_FLAGS": "", "PYTHON": sys.executable}  # fmt: skip
         self.log = workdir.with_suffix(".log")
-        argv = ["sbatch", "--parsable", "--nodes=2", f"--output={self.log}", f"--chdir={LAUNCH.parent}",
-                str(LAUNCH / "slurm.sbatch"), "--config", str(tiny), "--workdir", str(workdir)]  # fmt: skip
+        argv = ["sbatch", "--parsable", "--nodes=2", f"--ntasks-per-node={tasks}", f"--output={self.log}",
+                f"--chdir={LAUNCH.parent}", str(LAUNCH / "slurm.sbatch"), "--config", str(tiny),
+                "--workdir", str(workdir)]  # fmt: skip
         self.id = said(*argv, env=self.env).strip()
         assert self.id.isdigit(), self.id
 
@@ -141,10 +155,19 @@ class Job:
         raise AssertionError(f"no process {number} of job {self.id}")
 
 
-def test_two_nodes_lose_what_one_process_loses(cluster, tiny, whole, tmp_path):
-    text = Job(cluster, tiny, tmp_path / "run", 4).wait()
-    assert "hosts: 2 processes, under Slurm, coordinator" in text
+@pytest.mark.parametrize("tasks, devices", [(1, 4), (2, 2)], ids=["2x4", "4x2"])
+def test_two_nodes_lose_what_one_process_loses(cluster, tiny, whole, tmp_path, tasks, devices):
+    text = Job(cluster, tiny, tmp_path / "run", devices, tasks).wait()
+    assert f"hosts: {2 * tasks} processes, under Slurm, coordinator" in text
     assert same_losses(losses(tmp_path / "run"), losses(whole("1x8")))
+
+
+def test_a_checkpoint_goes_from_one_machine_to_slurm_and_back(cluster, tiny, whole, tmp_path):
+    folder = cut(whole("1x8"), tmp_path / "run", 10)
+    assert "going on from step 10" in Job(cluster, tiny, folder, 2, tasks=2).wait()
+    folder = cut(folder, tmp_path / "back", 20)
+    assert "going on from step 20" in finish(start(tiny, folder, 2, 4))
+    assert same_losses(losses(folder), losses(whole("1x8")))
 
 
 def test_a_killed_process_is_named_and_the_job_goes_on_by_itself(cluster, tiny, whole, tmp_path):

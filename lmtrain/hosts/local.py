@@ -63,7 +63,15 @@ def main(argv: Sequence[str]) -> int:
     if not (count.isdigit() and int(count) and rest):
         print("usage: launch/local.sh [--dry-run] N ARGS-OF-lmtrain-run...", file=sys.stderr)
         return 2
-    devices, restarts = (int(os.environ.get(name, default)) for name, default in (("DEVICES", "1"), ("RESTARTS", "5")))
+    settings = {}
+    for name, default in (("DEVICES", "1"), ("RESTARTS", "5"), ("BACKOFF", "1")):
+        text = os.environ.get(name, default)
+        try:
+            settings[name] = float(text) if name == "BACKOFF" else int(text)
+        except ValueError:
+            print(f"launch: {name} is {text!r}, but takes a number.", file=sys.stderr)
+            return 2
+    devices, restarts = int(settings["DEVICES"]), int(settings["RESTARTS"])
     command = [sys.executable, "-m", "lmtrain.cli", "run", *rest]
     if dry:
         for env in environments(int(count), devices, {}, 8476):
@@ -72,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     told: list[int] = []  # signals that this launcher got
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: told.append(n))
-    pauses = backoff(float(os.environ.get("BACKOFF", "1")), restarts)
+    pauses = backoff(settings["BACKOFF"], restarts)
     while True:
         status = outcome(attempt(command, environments(int(count), devices, os.environ, free_ports()), told))
         if status in FINAL or told:

@@ -289,6 +289,18 @@ class Roll:
         self._leaving = True
         for line in self._lines.values():
             line.send({"failed": f"{self.name} failed: {text}", "code": code})
+        if self.place.process == 0:
+            self._outlast(3 * GRACE)
+
+    def _outlast(self, seconds: float) -> None:
+        """Waits until the others have ended: JAX aborts them, with stacks of its own, once process 0 is gone."""
+        deadline = time.monotonic() + seconds
+        if self._thread is not None:
+            self._thread.join(timeout=seconds)  # it reads the same lines
+        for line in self._lines.values():
+            while not line.closed:
+                line.sock.settimeout(max(0.01, deadline - time.monotonic()))
+                line.read()
 
     def close(self) -> None:
         """Goodbye: the others may go on without this process."""

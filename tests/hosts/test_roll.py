@@ -201,3 +201,13 @@ def test_a_stranger_is_not_counted():
 def test_a_slow_host_is_named_by_its_own_time(own, step, name):
     found = roll.slowest(own, step)
     assert (found.name if found else None) == name
+
+
+def test_process_0_that_fails_leaves_after_the_others_have_heard_of_it():
+    rolls, ends = meet(3)
+    for r in rolls:
+        r.start()
+    rolls[0].fail("the disk is full", 74)
+    for i in (1, 2):
+        text, code = ends[i]
+        assert text.startswith("process 0 (host n0") and "failed: the disk is full" in text and code == 74
