@@ -22,6 +22,7 @@ GIB = 2**30
 ROWS = [
     ("117m", "v5e:2x4", 1, {"data": 8}, 64, 1024, True, ()),
     ("117m", "v5e:2x4", 1, {"data": 8}, 128, 2048, True, ("model.remat=dots", "accumulate=4")),
+    ("117m", "v5e:2x4", 1, {"data": 8}, 128, 1024, True, ("model.remat=none", "optim.name=adamw")),
     ("117m", "v5e:2x4", 1, {"fsdp": 8}, 64, 1024, True, ("model.remat=full", "optim.name=adamw")),
     ("117m", "v6e:2x4", 1, {"data": 8}, 32, 1024, True, ("model.remat=full", "optim.name=adamw", "accumulate=4")),
     ("1b", "v5e:2x4", 1, {"fsdp": 8}, 8, 2048, True, ("model.remat=none", "optim.name=adamw")),
@@ -31,6 +32,7 @@ ROWS = [
     ("1b", "v5e:4x4", 1, {"data": 2, "fsdp": 4, "tensor": 2}, 32, 2048, True, ("model.remat=full", "optim.name=adamw")),
     ("1b", "v6e:2x4", 1, {"fsdp": 8}, 64, 2048, True, ()),
     ("8b", "v5e:4x4", 1, {"fsdp": 16}, 16, 4096, True, ()),
+    ("8b", "v5e:4x4", 1, {"fsdp": 16}, 32, 4096, True, ()),
     ("8b", "v5e:4x4", 1, {"fsdp": 16}, 64, 4096, True, ("optim.name=adamw", "accumulate=4")),
     ("8b", "v5e:4x4", 1, {"fsdp": 16}, 16, 4096, False, ("model.remat=dots", "optim.name=adamw")),
     ("8b", "v5p:2x2x2", 1, {"fsdp": 8}, 16, 4096, True, ("optim.name=adamw",)),
