@@ -47,6 +47,7 @@ ROWS = [
     ("70b", "v6e:8x8", 1, {"fsdp": 16, "tensor": 4}, 32, 4096, True, ("optim.name=adamw", "accumulate=2")),
     ("70b", "v5p:8x8x8", 1, {"fsdp": 512}, 512, 8192, True, ()),
     ("mixtral-8x7b", "v5e:8x8", 1, {"fsdp": 8, "expert": 8}, 64, 4096, False, ()),
+    ("mixtral-8x7b", "v6e:4x8", 1, {"fsdp": 4, "expert": 8}, 32, 2048, True, ()),
     ("mixtral-8x7b", "v6e:8x8", 1, {"fsdp": 8, "expert": 8}, 64, 2048, True, ("optim.name=adamw",)),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 8, "expert": 8}, 64, 4096, True, ()),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 64}, 64, 4096, True, ("optim.name=adamw",)),
