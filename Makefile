@@ -2,6 +2,7 @@
 #   make quickstart   trains a small language model on the documentation of Python itself
 #   make test         the fast tests;  make test-all  the slow ones too;  make lint  ruff and mypy
 #   make test-gpu    what only an NVIDIA GPU can show, where one is at hand and jax[cuda13] is installed
+#   make test-notebooks   launch/colab from the first cell to the last
 #   make test-peers   what is compared with PyTorch, TRL and lm-evaluation-harness, in an environment of their own
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ INSTALL = if command -v uv >/dev/null; \
 	then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"; \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; fi
 
-.PHONY: quickstart test test-all test-gpu test-peers lint clean
+.PHONY: quickstart test test-all test-gpu test-notebooks test-peers lint clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/lmtrain run --config experiments/quickstart.py --workdir $(WORKDIR)
@@ -25,6 +26,9 @@ test-all: $(VENV)/.test
 
 test-gpu: $(VENV)/.test
 	LMTRAIN_TEST_DEVICE=gpu $(BIN)/python -m pytest -q tests/test_gpu.py
+
+test-notebooks: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_notebooks.py
 
 test-peers: $(PEERS)/.done
 	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py tests/eval/test_lm_eval.py

@@ -84,7 +84,7 @@ def run(
             log.say(f"mesh=auto: {', '.join(f'{axis}={n}' for axis, n in sizes)}")
         mesh = mesh_lib.make(e.mesh)
         preflight.check(e, mesh, folder)
-        held.enter_context(runs.owned(folder))
+        held.enter_context(runs.owned(folder, near=bool(e.local)))
         tok: tokenizer_lib.Tokenizer | None = None
         before: str = ""
         done: runs.Run | None = None

@@ -160,8 +160,12 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def owned(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong."""
+def owned(folder: pathlib.Path, near: bool = False) -> Iterator[None]:
+    """Holds the run's lock, and leaves no half-written run behind when the input turns out to be wrong.
+
+    Args:
+      near: hosts keep checkpoints on their own disks, so a run that has taken a step is worth keeping by itself.
+    """
     if not str(folder).strip("."):
         raise LmtrainError("--workdir is empty, but takes a folder of the run's own, such as runs/mine.")
     if folder.exists() and not folder.is_dir():
@@ -187,6 +191,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
                 jax.process_index() == 0
                 and fresh
                 and not any(checkpoint.steps(p) for p in folder.glob("*/checkpoints"))
+                and not (near and any(log.read_metrics(p.parent)[1:] for p in folder.glob("*/metrics.jsonl")))
             ):
                 tokenised = sum(p.stat().st_size for p in folder.glob("data/**/*") if p.is_file())
                 for path in folder.iterdir():

@@ -123,16 +123,8 @@ def _suites(
     )
     out: dict[str, dict[str, Any]] = {}
     for begin, (origin, data) in start_of(e, cfg, tok, folder).items():
-        onto = evaluate.spread(origin.model)
-        params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None)
-        opened = runs.Run(folder, begin, {}, origin.model, tok, params, 0, onto)
         seen = dataclasses.replace(settings, row_length=length or data.row_length)
-        out[START] = {}
-        for suite in suites_lib.names(",".join(cfg.suites)):
-            try:
-                out[START] |= evaluate.evaluate(opened, suite, seen)[suite].json()["scores"]
-            except Missing as why:  # it has no record of its training
-                log.say(f"{START}, {suite}: left out. {why}")
+        out[START] = _suites_of_start(begin, origin, cfg, seen, tok, folder, folder / name / "start.json")
     for stage in stages_of(e, cfg, name):
         step = checkpoint.newest_sound(folder / stage / "checkpoints")
         for suite in suites_lib.names(",".join(cfg.suites)):
@@ -142,6 +134,34 @@ def _suites(
                 known = evaluate.kept(folder, stage)[suite]
             out.setdefault(stage, {}).update(known["scores"])
     return out
+
+
+def _suites_of_start(
+    begin: str, origin: origins.Origin, cfg: schema.Evaluation, settings: Settings, tok: Tokenizer,
+    folder: pathlib.Path, file: pathlib.Path,
+) -> dict[str, Any]:  # fmt: skip
+    """{score: as it stands in eval.json}, kept in a file of the evaluation, for a model from elsewhere has none."""
+    known = origins.read_json(file) if file.exists() else {}
+    mark = json.loads(json.dumps({"of": origin.identify(), "settings": evaluate.plain(settings)}))
+    opened: runs.Run | None = None
+    scores: dict[str, Any] = {}
+    for suite in suites_lib.names(",".join(cfg.suites)):
+        if known.get(suite, {}).get("mark") != mark:
+            if opened is None:
+                onto = evaluate.spread(origin.model)
+                shardings = mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None
+                opened = runs.Run(folder, begin, {}, origin.model, tok, origin.load(shardings), 0, onto)
+            try:
+                found = evaluate.evaluate(opened, suite, settings)[suite].json()["scores"]
+            except Missing as why:  # it has no record of its training
+                log.say(f"{START}, {suite}: left out. {why}")
+                found = {}
+            known[suite] = {"mark": mark, "scores": found}
+            if jax.process_index() == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                runs.write_json(file, known)
+        scores |= known[suite]["scores"]
+    return scores
 
 
 def side_by_side(found: dict[str, dict[str, Any]]) -> str:

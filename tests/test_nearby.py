@@ -99,24 +99,29 @@ def test_the_newest_sound_one_of_both_is_restored(tmp_path, near_at, used):
     assert same(found, close if used == near_at else far)
 
 
-def test_a_run_that_lost_more_than_its_own_disk_goes_on_from_there_to_the_bit(text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, at, near", [(KeyboardInterrupt, 22, 20), (RuntimeError, 7, 5)], ids=["killed", "failed-before-the-first"]
+)
+def test_a_run_that_lost_more_than_its_own_disk_goes_on_from_there_to_the_bit(
+    text, tmp_path, monkeypatch, capsys, error, at, near
+):
     whole = lmtrain.run(experiment(text), tmp_path / "whole")
     e = experiment(text, checkpoint_every=8, local_every=5)
     e.local = str(tmp_path / "near")
     show = train.log.Progress.show
 
     def killed(self, step, metrics):
-        if step == 22:
-            raise KeyboardInterrupt
+        if step == at:
+            raise error
         show(self, step, metrics)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.log.Progress, "show", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             lmtrain.run(e, tmp_path / "run")
     lmtrain.run(e, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "the hosts' own disks have step 20" in said and "going on from step 20" in said
+    assert f"the hosts' own disks have step {near}" in said and f"going on from step {near}" in said
     assert sha(tmp_path / "run") == sha(tmp_path / "whole")
     assert same_metrics(lmtrain.load(tmp_path / "run").metrics, whole.metrics)
 
