@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--stage", default="", metavar="NAME", help="which stage (default: the first that trains)")
     plan.add_argument("--compile", action="store_true", help="compile the update, too")
     plan.add_argument("--search", action="store_true", help="rank meshes, microbatches and rematerialisations")
-    plan.add_argument("--price", type=float, default=0.0, help="of one chip for an hour")
+    plan.add_argument("--price", type=float, default=0.0, help="what a chip costs an hour (default: no cost is told)")
     plan.add_argument("--tokens", type=float, default=0.0, help="of the whole stage (default: its steps')")
     plan.add_argument("--json", default="", metavar="FILE", help="write the plan here too, for programs")
     plan.set_defaults(command=_plan, takes_overrides=True)

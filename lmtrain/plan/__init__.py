@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from lmtrain import log
+from lmtrain import schema
 from lmtrain.models import transformer
 from lmtrain.plan import ahead, chips, job, memory, search, show, traffic
 from lmtrain.types import LmtrainError
@@ -37,25 +37,40 @@ def plan(
     for name, value in (("price", price), ("tokens", tokens)):
         if not 0 <= value < float("inf"):
             raise LmtrainError(f"--{name} is {value}, but takes at least 0.")
+    path = pathlib.Path(to_json).absolute()
+    if to_json and (path.is_dir() or not path.parent.is_dir()):
+        raise LmtrainError(f"--json {to_json}: takes a file, in a folder that is there.")
     where = chips.parse(topology, slices)
     e, name = job.read(file, stage, overrides)
-    if e.mesh.auto or searches:
-        blank = search.make_any(e, name, where)
-        choices = search.ranked(blank, same_batches=not searches)
+    choices = search.ranked(search.make_any(e, name, where)) if searches else []
+    if searches and not choices:
+        raise LmtrainError(f"--search: no mesh of {where.devices} devices divides batch_size="
+                           f"{e.stages[name].batch_size} of stages.{name} evenly, in any number of microbatches; "
+                           f"a multiple of {where.devices} does.")  # fmt: skip
+    note = ""
+    try:
+        made = configured(e, name, where)
+    except LmtrainError as error:
         if not choices:
-            raise LmtrainError(f"{file}: no mesh of {where.devices} devices divides stages.{name}: batch_size="
-                               f"{blank.stage.batch_size}, accumulate={blank.stage.accumulate}.")  # fmt: skip
-    made = search.ranked(blank, same_batches=True)[0].job if e.mesh.auto else job.make(e, name, where)
+            raise
+        made, note = choices[0].job, f"Not as configured, but the best of the search: {error}"
     result = describe(made, price, tokens)
+    if note:
+        result["note"] = note
     if searches:
         result["search"] = [search_row(c) for c in choices[:10]]
     if compile:
-        log.say(f"compiling the update of {name} for {where}: a minute or more")
         result["compiled"] = compiled_row(made, ahead.compile(made), result["memory"]["total"])
     show.table(result)
     if to_json:
-        pathlib.Path(to_json).write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def configured(e: schema.Experiment, name: str, where: chips.Topology) -> job.Job:
+    """A stage's job on the experiment's own mesh, or on the one of mesh=auto."""
+    mesh = search.chosen(e, where) if e.mesh.auto else e.mesh
+    return job.make(dataclasses.replace(e, mesh=mesh), name, where)
 
 
 def describe(made: job.Job, price: float = 0.0, tokens: float = 0.0) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmtrain import feeds, partial, step
+from lmtrain import feeds, log, partial, step
 from lmtrain import mesh as meshes
 from lmtrain.models import transformer
 from lmtrain.plan.chips import GIB
@@ -50,6 +50,7 @@ def compile(job: Job) -> Compiled:
         raise LmtrainError(f"--compile: the batches of stages.{job.name} are made of {kind}, and only those of "
                            f"{' and '.join(KINDS)} are known before they are read. Leave --compile out.")  # fmt: skip
     mesh = meshes.make(job.setting(), devices(job))
+    log.say(f"compiling the update of {job.name} for {job.topology}: a minute or more")
     lowered = lower(job, mesh)
     begin = time.monotonic()
     try:

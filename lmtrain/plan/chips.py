@@ -103,15 +103,16 @@ def parse(text: str, slices: int = 1) -> Topology:
     name, _, sizes = text.partition(":")
     known = chips()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.3)
-        hint = f" Did you mean {near[0]}{':' + sizes if sizes else ''}?" if near else ""
+        near = difflib.get_close_matches(name, known, len(known), 0.3)
+        whole = [f"{other}:{sizes}" for other in near if _valid(f"{other}:{sizes}")]
+        hint = f" Did you mean {(whole or near)[0]}?" if near else ""
         raise schema.ConfigError(f"--topology {text}: {name!r} is no chip.{hint} (known: {', '.join(known)})")
     chip = known[name]
     sample = {"tpu": "v5p:8x8x8" if chip.torus == 3 else f"{name}:4x4", "gpu": f"{name}:8x4", "cpu": "cpu:8"}
     if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", sizes):
         raise schema.ConfigError(f"--topology {text}: takes sizes after the colon, as {sample[chip.platform]}.")
     if not 1 <= slices <= 4096:
-        raise schema.ConfigError(f"--slices is {slices}, but takes at least 1.")
+        raise schema.ConfigError(f"--slices is {slices}, but takes 1 to 4096.")
     shape = tuple(int(n) for n in sizes.split("x"))
     if chip.platform == "tpu":
         valid = shapes(chip)
@@ -140,6 +141,14 @@ def parse(text: str, slices: int = 1) -> Topology:
             f"--slices is {slices}, but only TPUs have slices; hosts are the second size: {name}:8x4."
         )
     return Topology(cpu(shape[0]) if chip.platform == "cpu" else chip, shape)
+
+
+def _valid(text: str) -> bool:
+    try:
+        parse(text)
+    except schema.ConfigError:
+        return False
+    return True
 
 
 def shapes(chip: Chip) -> list[tuple[int, ...]]:

@@ -87,25 +87,30 @@ def settings(job: Job, sizes: dict[str, int], same: bool) -> Iterator[tuple[int,
 
 
 def auto(e: schema.Experiment, devices: list) -> schema.Mesh:
-    """The mesh of `--config.mesh=auto`: of those that every training stage's batch divides over, the one with the least
-    roofline time for the stage that computes most, as it is configured; the least memory where none fits.
+    """The mesh of `--config.mesh=auto` on JAX's devices, `chosen`'s.
 
     Raises:
       LmtrainError: no mesh divides every stage.
     """
     topology = of_devices(devices)
-    if topology is None or len(devices) == 1:
-        return schema.Mesh()
+    return schema.Mesh() if topology is None or len(devices) == 1 else chosen(e, topology)
+
+
+def chosen(e: schema.Experiment, topology: Topology) -> schema.Mesh:
+    """Of the meshes that every training stage's batch divides over, the one with the least roofline time for the stage
+    that computes most, as it is configured; the least memory where none fits.
+
+    Raises:
+      LmtrainError: no mesh divides every stage.
+    """
     jobs = [make_any(e, name, topology) for name, s in e.stages.items() if isinstance(s, schema.Stage)]
     heaviest = max(jobs, key=lambda job: job.tokens * job.stage.steps)
     for choice in ranked(heaviest, same_batches=True):
         if all(divides(job, choice.job.sizes) for job in jobs):
             return choice.job.setting()
-    raise LmtrainError(
-        f"mesh.auto: no mesh of {len(devices)} devices divides batch_size={heaviest.stage.batch_size} (accumulate="
-        f"{heaviest.stage.accumulate}) of stages.{heaviest.name} and the other stages' evenly; a multiple of the "
-        "devices does."
-    )
+    said = ", ".join(f"stages.{j.name}: {j.stage.batch_size} (accumulate={j.stage.accumulate})" for j in jobs)
+    raise LmtrainError(f"mesh.auto: no mesh of {topology.devices} devices divides every batch_size evenly; "
+                       f"a multiple of {topology.devices} times accumulate does. {said}.")  # fmt: skip
 
 
 def make_any(e: schema.Experiment, name: str, topology: Topology) -> Job:

@@ -24,6 +24,8 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
               f"training FLOPs a token; {plan['batch_size']} rows of {plan['row_length']} in {plan['accumulate']} "
               f"microbatch{'es' if plan['accumulate'] > 1 else ''}, remat={plan['remat']}, {plan['optimizer']}, "
               f"{plan['attention']} attention", soft_wrap=True)  # fmt: skip
+    if "note" in plan:
+        out.print(plan["note"], soft_wrap=True, markup=False)
 
     memory = plan["memory"]
     rows = Table("memory of a device", "GiB", title_justify="left")

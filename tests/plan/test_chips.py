@@ -19,6 +19,8 @@ def test_a_topology_has_so_many_devices(text, slices, devices):
 @pytest.mark.parametrize(
     "text, slices, says", [
         ("v5q:8x8x8", 1, r"'v5q' is no chip. Did you mean v5p:8x8x8\?"),
+        ("v5q:4x4", 1, r"Did you mean v5e:4x4\?"),  # v5p is as near, but takes three sizes
+        ("v5q:5x5", 1, r"Did you mean v5[ep]\?"),
         ("v5e:5x5", 1, r"no slice of v5e has this shape. Did you mean v5e:4x8\?"),
         ("v5e:16x8", 1, r"Did you mean v5e:8x16\?"),
         ("v5p:8x8", 1, r"no slice of v5p has this shape. Did you mean v5p:4x4x4\?"),
@@ -28,7 +30,8 @@ def test_a_topology_has_so_many_devices(text, slices, devices):
         ("h200:16x2", 1, r"GPUs of a host .* Did you mean h200:8x4\?"),
         ("cpu:2x4", 1, r"Did you mean cpu:8\?"),
         ("h200:8x4", 2, r"--slices is 2, but only TPUs have slices"),
-        ("v5e:4x4", 0, r"--slices is 0"),
+        ("v5e:4x4", 0, r"--slices is 0, but takes 1 to 4096"),
+        ("v5e:4x4", 1000000, r"--slices is 1000000, but takes 1 to 4096"),
     ])  # fmt: skip
 def test_a_wrong_topology_is_refused_with_the_nearest(text, slices, says):
     with pytest.raises(ConfigError, match=says):

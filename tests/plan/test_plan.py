@@ -13,6 +13,7 @@ from lmtrain.mesh import AXES
 from lmtrain.models import presets, transformer
 from lmtrain.objectives import pretrain
 from lmtrain.plan import ahead, chips, job, memory, plan, search, traffic
+from lmtrain.types import LmtrainError
 
 CONFIG = "experiments/pretrain.py:1m,steps=10"
 BASE = ["--config.stages.pretrain.batch_size=64"]
@@ -76,12 +77,72 @@ def test_a_model_that_no_chip_holds_is_split():
     assert best.fits and best.job.sizes["fsdp"] * best.job.sizes["tensor"] > 8
 
 
-def test_mesh_auto_divides_every_stage(tmp_path):
-    c = config.override(config.load(CONFIG), ["--config.mesh=auto", *BASE])
-    e = config.build(c)
+TWO = """from lmtrain import config
+def get_config(arg=""):
+    c = config.experiment()
+    for name, rows, steps in (("heavy", 64, 10), ("light", 4, 1)):
+        c.stages[name] = config.stage(model=config.preset("1m", vocab_size=0), batch_size=rows, steps=steps,
+                                      data=config.data("text", path="x", row_length=256))
+    return c
+"""
+
+
+@pytest.fixture
+def two_stages(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    return str(tmp_path / "two.py")
+
+
+def test_mesh_auto_divides_every_stage(two_stages):
+    e = config.build(config.override(config.load(two_stages), ["--config.mesh=auto"]))
     assert e.mesh.auto
     chosen = search.auto(e, jax.devices())
     assert not chosen.auto and mesh.make(chosen).size == 8
+    alone = search.ranked(search.make_any(e, "heavy", chips.of_devices(jax.devices())), same_batches=True)[0]
+    assert alone.job.ways == 8 and 4 % alone.job.ways  # what the stage that computes most would take, were it alone
+    sizes = mesh.resolve(chosen, 8)
+    for name in ("heavy", "light"):
+        job.make(e, name, chips.of_devices(jax.devices()), sizes)  # refuses a mesh that divides unevenly
+
+
+def test_the_plan_of_mesh_auto_is_on_the_runs_mesh(two_stages):
+    for stage in ("heavy", "light"):
+        got = plan(two_stages, "v5e:2x4", stage, overrides=["--config.mesh=auto"])
+        assert math.prod(got["mesh"].get(axis, 1) for axis in mesh.BATCH_AXES) in (1, 2, 4)
+
+
+def test_no_mesh_for_every_stage_is_one_message(two_stages):
+    with pytest.raises(LmtrainError, match=r"no mesh of 8 devices divides every batch_size.*light: 3 \(accumulate=3"):
+        plan(two_stages, "v5e:2x4", overrides=["--config.mesh=auto", "--config.stages.light.batch_size=3",
+                                               "--config.stages.light.accumulate=3"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "shape, overrides, says", [
+        ("2x4", ["--config.mesh=auto", "--config.stages.pretrain.batch_size=8",
+                 "--config.stages.pretrain.accumulate=8"], "mesh.auto: no mesh of 8 devices"),
+        ("2x2", ["--config.stages.pretrain.batch_size=4", "--config.stages.pretrain.accumulate=4"],
+         "must be a multiple of 16"),
+        ("2x2", ["--config.mesh.fsdp=3", *BASE], "asks for a multiple of 3 devices"),
+    ])  # fmt: skip
+def test_a_search_describes_its_best_where_the_configured_mesh_does_not_divide(shape, overrides, says, capsys):
+    got = plan(CONFIG, f"v5e:{shape}", searches=True, overrides=overrides)
+    assert says in got["note"] and "Not as configured" in capsys.readouterr().out
+    best = got["search"][0]
+    assert (got["mesh"], got["accumulate"], got["remat"]) == (best["mesh"], best["accumulate"], best["remat"])
+    with pytest.raises(LmtrainError, match=says):
+        plan(CONFIG, f"v5e:{shape}", overrides=overrides)
+
+
+def test_a_search_keeps_the_configured_mesh_where_it_divides():
+    got = plan(CONFIG, "v5e:2x2", searches=True, overrides=["--config.mesh.data=1", "--config.mesh.fsdp=4", *BASE])
+    assert got["mesh"] == {"fsdp": 4} and "note" not in got
+
+
+def test_devices_that_are_missing_are_named_before_anything_is_compiled(capsys):
+    assert cli.main(["plan", "--config", CONFIG, *BASE, "--topology", "cpu:16", "--compile"]) == 2
+    said = capsys.readouterr()
+    assert "16 devices, 8 are here" in said.err and "compiling" not in said.out + said.err
 
 
 def test_the_plan_is_written_down(tmp_path, capsys):
@@ -112,6 +173,9 @@ def test_past_what_is_compiled_the_plan_says_so(capsys):
         (["--topology", "v5e:4x4", "--config.mesh.fsdp=3"], "asks for a multiple of 3 devices, but 16"),
         (["--topology", "v5e:4x4", "--config.stages.pretrain.batch_size=24"], "must be a multiple of 16"),
         (["--topology", "v5e:4x4", "--price", "-1"], "--price is -1"),
+        (["--topology", "v5e:4x4", "--search", "--config.stages.pretrain.batch_size=3",
+          "--config.stages.pretrain.data.row_length=255"], "a multiple of 16 does"),
+        (["--topology", "v5x:4x4", "--json", "no/such/folder/p.json"], "in a folder that is there"),
         (["--topology", "v5e:4x4", "--slices", "3", "--config.mesh.fsdp=48"], "only the data axis"),
     ])  # fmt: skip
 def test_what_cannot_be_planned_is_refused_in_one_sentence(more, says, capsys):

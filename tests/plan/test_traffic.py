@@ -1,7 +1,9 @@
 """What the compiled update sends between devices: which kinds of collectives, along which axes, and how many bytes."""
 
+import collections
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -38,13 +40,29 @@ def compiled(**sizes):
     return found, planned
 
 
-def scattered(bytes_by_kind):
-    """CPU's compiler scatters by a sum and a slice, twice the bytes: both as sums. What is small is left out."""
-    out = {}
-    for (kind, _), size in bytes_by_kind.items():
+def by_axis(sent, sizes):
+    """Bytes by (kind, axis). What runs along several axes at once is split as the inner ones leave it to the outer.
+    CPU's compiler scatters by a sum and a slice, twice the bytes: both as sums."""
+    out = collections.Counter()
+    for (kind, axes), size in sent.items():
         kind, size = ("all-reduce", 2 * size) if kind == "reduce-scatter" else (kind, size)
-        out[kind] = out.get(kind, 0) + size
-    return {kind: size for kind, size in out.items() if size > 0.03 * sum(out.values())}
+        size /= 1 - 1 / math.prod(sizes.get(axis, 1) for axis in axes)
+        for axis in reversed(axes):
+            out[kind, axis] += size * (1 - 1 / sizes[axis])
+            size /= sizes[axis]
+    return out
+
+
+def differing(found, planned, sizes, rel):
+    """{(kind, axis): (found, planned)} where a plan is further off than `rel`; 2 % of all that is sent are left out."""
+    found, planned = by_axis(found, sizes), by_axis(planned, sizes)
+    least = 0.02 * sum(planned.values())
+    return {key: (found[key], planned[key]) for key in found | planned if max(found[key], planned[key]) > least
+            and planned[key] != pytest.approx(found[key], rel=rel)}  # fmt: skip
+
+
+def axes_of(sent):
+    return {axis for _, axes in sent for axis in axes}
 
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"context": 8}, {"data": 2, "expert": 4}, {"fsdp": 4, "context": 2},
@@ -55,25 +73,38 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"context": 8}, {"data": 2, "expert": 4}, {"
                                    for s in MESHES], ids=str)  # fmt: skip
 def test_the_compiled_update_sends_what_is_planned(sizes):
     found, planned = compiled(**sizes)
-    assert {axis for _, axes in found for axis in axes} == {axis for axis, n in sizes.items() if n > 1}
-    found, planned = scattered(found), scattered(planned)
-    assert set(found) == set(planned), "kinds of collectives"
-    for kind, size in planned.items():
-        assert size == pytest.approx(found[kind], rel=0.1), kind
+    assert axes_of(found) == axes_of(planned) == set(sizes)
+    assert not differing(found, planned, sizes, rel=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
                                    {"stage": 2, "fsdp": 2, "tensor": 2}], ids=str)  # fmt: skip
-def test_with_a_tensor_axis_the_kinds_differ_and_the_bytes_do_not(sizes):
-    """XLA turns some gathers of positions into all-to-alls; all bytes along the axis, a sum as the scatter it is."""
-    found, planned = ({axis: 0.0 for axis, n in sizes.items() if n > 1} for _ in range(2))
-    for total, sent in zip((found, planned), compiled(**sizes), strict=True):
-        for (kind, axes), size in sent.items():
-            total[axes[-1]] += size / 2 if kind == "all-reduce" and "tensor" in axes else size
-    assert planned["tensor"] == pytest.approx(found["tensor"], rel=0.35)
-    kinds = {kind for kind, axes in compiled(**sizes)[0] if axes == ("tensor",)}
-    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+def test_with_a_tensor_axis_the_kinds_along_it_differ_and_the_bytes_do_not(sizes):
+    """Along tensor XLA turns some gathers of positions into all-to-alls: all bytes, a sum as the scatter it is, are
+    within 35 % (planned are .88, .69 and .67 of the program). Along the others every kind is within 15 % (worst:
+    .90, microbatches), but for weights gathered along fsdp: with a tensor axis CPU's compiler gathers them again for
+    the rematerialised layer (planned .62 and .92)."""
+    found, planned = compiled(**sizes)
+    assert axes_of(found) == axes_of(planned) == set(sizes)
+    off = differing(found, planned, sizes, rel=0.15)
+    assert {key for key in off if key[1] != "tensor"} <= {("all-gather", "fsdp")}
+    assert {key for key in differing(found, planned, sizes, rel=0.4) if key[1] != "tensor"} == set()
+
+    found, planned = by_axis(found, sizes), by_axis(planned, sizes)
+    along = [{kind: size / 2 if kind == "all-reduce" else size for (kind, axis), size in sent.items()
+              if axis == "tensor"} for sent in (found, planned)]  # fmt: skip
+    assert sum(along[1].values()) == pytest.approx(sum(along[0].values()), rel=0.35)
+    most = {kind for kind, size in along[0].items() if size > 0.02 * sum(along[0].values())}
+    assert most == {"all-gather", "all-reduce", "all-to-all"}
+
+
+def test_bytes_along_a_wrong_axis_are_noticed():
+    right = {("all-gather", ("fsdp",)): 6.0, ("all-reduce", ("data", "fsdp")): 7.0}
+    assert not differing(right, {("all-gather", ("fsdp",)): 6.0, ("all-reduce", ("fsdp",)): 6.0,
+                                 ("all-reduce", ("data",)): 1.0}, {"data": 2, "fsdp": 4}, 0.01)  # fmt: skip
+    wrong = {("all-gather", ("data",)): 6.0, ("all-reduce", ("data", "fsdp")): 7.0}
+    assert set(differing(right, wrong, {"data": 2, "fsdp": 4}, 0.1)) == {("all-gather", "fsdp"), ("all-gather", "data")}
 
 
 def test_slices_only_exchange_what_a_slice_leaves_to_each_device():
