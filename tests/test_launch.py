@@ -130,7 +130,7 @@ def test_the_tpu_script_goes_on_through_preemptions(tmp_path, plan, runs, ends, 
         (tmp_path / "lmtrain/offline").touch()  # one question without an answer is no lost slice
     (tmp_path / "lmtrain/plan").write_text(plan.replace(" ", "\n") + "\n")
     (tmp_path / "lmtrain/runs").write_text(runs.replace(" ", "\n") + "\n")
-    done = subprocess.run([LAUNCH / "tpu_vm.sh", "resume", *ARGS], capture_output=True, text=True, env=env, timeout=20)
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "resume", *ARGS], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == ends, done.stderr
     assert (tmp_path / "lmtrain/calls").read_text().count("queued-resources create") == created
 
@@ -143,7 +143,7 @@ def test_the_tpu_script_passes_arguments_as_they_are_and_keeps_the_status(tmp_pa
     command.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n")
     command.chmod(0o755)
     args = ["--config", "a.py:t=f(x='a b')", "--workdir", "it's"]
-    subprocess.run([LAUNCH / "tpu_vm.sh", "run", *args], check=True, env=env, timeout=20)
+    subprocess.run([LAUNCH / "tpu_vm.sh", "run", *args], check=True, env=env, timeout=120)
     status = tmp_path / "lmtrain/status"
     end = time.monotonic() + 20
     while not (status.exists() and status.read_text()) and time.monotonic() < end:
