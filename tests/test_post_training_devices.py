@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     (place / "tiny.py").write_text(SCRIPT.replace("PAIRS", repr(str(place / "pairs.jsonl"))))
 
     def run(arg, axes):
-        where = place / "-".join([arg, *axes])
+        where = place / "-".join(["run", arg, *axes])
         if not where.exists():
             count = int(np.prod(list(axes.values())))
             env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
