@@ -168,6 +168,24 @@ def test_the_exchange_of_a_tpu_or_gpu_is_traced_with_its_gradient(sizes, monkeyp
     assert text.count("ragged_all_to_all") >= 4
 
 
+def test_stages_on_gpus_are_lowered_without_cudnns_attention_which_is_refused_by_name(monkeypatch):
+    """JAX lowers cuDNN's operations for one mesh a program; stages have two. None of this needs a GPU."""
+    monkeypatch.setattr(attention, "platform", lambda mesh: "gpu")
+    mesh = meshes.make(schema.Mesh(stage=2, fsdp=2, tensor=2))
+
+    def lowered(name):
+        cfg = tiny(layers=5, pattern="WG", window=9, width=64, attention=name, dtype="bfloat16")
+
+        def loss(params, rows):
+            return transformer.Forward(cfg, mesh).losses(params, rows).nll_BT.sum()
+
+        return jax.jit(jax.grad(loss)).trace(transformer.shapes(cfg), batch()).lower(lowering_platforms=("cuda",))
+
+    assert "cudnn" not in lowered("auto").as_text()
+    with pytest.raises(schema.ConfigError, match="cudnn' takes mesh.stage=1, got 2; use 'auto'"):
+        lowered("cudnn")
+
+
 def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():
     cfg = tiny(kv_heads=2)
     with pytest.raises(schema.ConfigError, match="mesh.tensor is 4.*kv_heads"):
