@@ -278,6 +278,12 @@ def put(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> Batch:
     return out
 
 
+def own_rows(batch: dict[str, Array], mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """This process's rows of a batch of which every process has all: what `put` takes."""
+    index, count = share(mesh)
+    return {name: x[index * len(x) // count : (index + 1) * len(x) // count] for name, x in batch.items()}
+
+
 def from_first(x: np.ndarray) -> np.ndarray:
     """What process 0 has, for all of them."""
     return np.asarray(multihost_utils.broadcast_one_to_all(x)) if jax.process_count() > 1 else x

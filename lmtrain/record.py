@@ -63,13 +63,14 @@ class Stage:
 
     @functools.cached_property
     def sides(self) -> tuple[Pipeline, Heldout]:
-        """Its training rows and its held-out ones, as it reads them."""
+        """Its training rows and its held-out ones, as it reads them; of several processes each has all of them."""
         data, tok = self.cfg.data, self.tokenizer
+        whole = (0, 1)
         if self.kind == "documents":
             train, held = (pipeline.Documents(self.corpus, data, tok, side) for side in ("train", "heldout"))
-            return Pipeline(train, 1, self.seed), Heldout(held, data.heldout_rows, 1, tok)
+            return Pipeline(train, 1, self.seed, 0, *whole), Heldout(held, data.heldout_rows, 1, tok, *whole)
         try:
-            source, heldout = conversations.build(self.kind, data, tok, 1, self.seed, progress=False)
+            source, heldout = conversations.build(self.kind, data, tok, 1, self.seed, progress=False, share=whole)
         except LmtrainError as error:
             raise LmtrainError(f"{self.folder}: the conversations that it was trained on: {error}") from None
         if source.table.identity["corpus"] != self.source.get("corpus"):

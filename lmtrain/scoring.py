@@ -79,6 +79,7 @@ def run(
     made = rewards.get_tasks(cfg.tasks)
     settings = dataclasses.asdict(cfg) | {"seed": e.seed}
     known = origins.read_json(here / "scores.json") if (here / "scores.json").exists() else {}
+    mesh_lib.barrier("scores")  # see _suites
     results: dict[str, Scores] = {}
     scored = start_of(e, cfg, tok, folder)
     scored |= {n: (origins.find(str(folder / n)), e.stages[n].data) for n in stages_of(e, cfg, name)}
@@ -121,27 +122,50 @@ def _suites(
     settings = Settings(
         bias=cfg.bias, heldout=cfg.heldout, rows=cfg.rows, seed=e.seed, temperature=cfg.temperature, row_length=length
     )
+    stages = stages_of(e, cfg, name)
+    before = {stage: evaluate.kept(folder, stage) for stage in stages}
+    start = folder / name / "start.json"
+    known_of_start = origins.read_json(start) if start.exists() else {}
+    mesh_lib.barrier("suites")  # what process 0 writes from here on, the others are not to read
     out: dict[str, dict[str, Any]] = {}
     for begin, (origin, data) in start_of(e, cfg, tok, folder).items():
-        onto = evaluate.spread(origin.model)
-        params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None)
-        opened = runs.Run(folder, begin, {}, origin.model, tok, params, 0, onto)
         seen = dataclasses.replace(settings, row_length=length or data.row_length)
-        out[START] = {}
-        for suite in suites_lib.names(",".join(cfg.suites)):
-            try:
-                out[START] |= evaluate.evaluate(opened, suite, seen)[suite].json()["scores"]
-            except Missing as why:  # it has no record of its training
-                log.say(f"{START}, {suite}: left out. {why}")
-    for stage in stages_of(e, cfg, name):
+        out[START] = _suites_of_start(begin, origin, cfg, seen, tok, folder, known_of_start, start)
+    for stage in stages:
         step = checkpoint.newest_sound(folder / stage / "checkpoints")
         for suite in suites_lib.names(",".join(cfg.suites)):
-            known = evaluate.kept(folder, stage).get(suite, {})
+            known = before[stage].get(suite, {})
             if (known.get("step"), known.get("settings")) != (step, evaluate.plain(settings)):
-                evaluate.evaluate(folder / stage, suite, settings)
-                known = evaluate.kept(folder, stage)[suite]
+                known = evaluate.evaluate(folder / stage, suite, settings)[suite].json()
             out.setdefault(stage, {}).update(known["scores"])
     return out
+
+
+def _suites_of_start(
+    begin: str, origin: origins.Origin, cfg: schema.Evaluation, settings: Settings, tok: Tokenizer,
+    folder: pathlib.Path, known: dict[str, Any], file: pathlib.Path,
+) -> dict[str, Any]:  # fmt: skip
+    """{score: as it stands in eval.json}, kept in a file of the evaluation, for a model from elsewhere has none."""
+    mark = json.loads(json.dumps({"of": origin.identify(), "settings": evaluate.plain(settings)}))
+    opened: runs.Run | None = None
+    scores: dict[str, Any] = {}
+    for suite in suites_lib.names(",".join(cfg.suites)):
+        if known.get(suite, {}).get("mark") != mark:
+            if opened is None:
+                onto = evaluate.spread(origin.model)
+                shardings = mesh_lib.shardings(transformer.axes(origin.model), onto) if onto is not None else None
+                opened = runs.Run(folder, begin, {}, origin.model, tok, origin.load(shardings), 0, onto)
+            try:
+                found = evaluate.evaluate(opened, suite, settings)[suite].json()["scores"]
+            except Missing as why:  # it has no record of its training
+                log.say(f"{START}, {suite}: left out. {why}")
+                found = {}
+            known[suite] = {"mark": mark, "scores": found}
+            if jax.process_index() == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                runs.write_json(file, known)
+        scores |= known[suite]["scores"]
+    return scores
 
 
 def side_by_side(found: dict[str, dict[str, Any]]) -> str:

@@ -164,6 +164,10 @@ def test_what_an_experiment_starts_from_is_shown_in_what_can_be_said_of_it(files
     assert "start, overfitting: left out. suite overfitting reads the run's own record" in said
     table = said[said.index("with 95 % intervals") :].splitlines()
     assert table[0].split()[4:] == ["start", "more"]
+    lmtrain.run(second, files / "second")  # a run that goes on scores nothing twice
+    again = capsys.readouterr().out
+    assert again[again.index("with 95 % intervals") :].splitlines()[: len(table)] == table
+    assert "lmtrain eval:" in said and "lmtrain eval:" not in again
     second.stages.start = stage(init_from="first")
     second.stages.scores2 = config.evaluation(suites=("fluency",))
     with pytest.raises(lmtrain.LmtrainError, match=r"stages.start: call it otherwise"):

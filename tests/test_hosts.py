@@ -1,6 +1,7 @@
 """Several processes that train as one, on this machine, as launch/local.sh starts them: the same losses however many,
 and what happens when one of them is killed, stopped, told to stop, or is not like the others."""
 
+import json
 import os
 import random
 import re
@@ -79,6 +80,48 @@ def test_any_mesh_over_processes_learns_what_one_process_does(tiny, tmp_path, na
     folder = cut(tmp_path / "four", tmp_path / "two", 6)
     finish(start(tiny, folder, 2, 4, *flags))
     assert same_losses(losses(folder), losses(tmp_path / "one"))
+
+
+CHAIN = """
+import json, pathlib, random
+from lmtrain import config
+PAIRS = pathlib.Path(__file__).with_suffix(".jsonl")
+def get_config(arg=""):
+    rng = random.Random(0)
+    rows = [{"prompt": f"Number {i}?", "chosen": f"It is {i}.", "rejected": f"No, {rng.random()}"} for i in range(99)]
+    PAIRS.write_text("\\n".join(map(json.dumps, rows)))
+    task = "addition(digits=1)"
+    def stage(**fields):
+        given = dict(batch_size=8, steps=4, log_every=1, eval_every=2, checkpoint_every=2, samples=1, sample_tokens=8)
+        return config.stage(**given | fields)
+    chat = config.data("task", path=task, limit=200, row_length=64, heldout_rows=8)
+    pairs = config.data("jsonl", path=str(PAIRS), row_length=96, heldout_fraction=0.2, heldout_rows=8)
+    c = config.experiment(seed=3, tensorboard=False)
+    c.stages.tokenizer = config.tokenizer("bytes")
+    c.stages.sft = stage(objective="sft", data=chat, model=config.model(layers=2, width=32, heads=4, mlp=48))
+    c.stages.dpo = stage(objective="dpo", data=pairs)
+    c.stages.rl = stage(objective="dapo", data=config.data(row_length=48, pack=False, heldout_rows=8),
+                        rollout=config.rollout(task, group=4, slots=8, max_tokens=5))
+    c.stages.scores = config.evaluation(tasks=(task,), rows=8, suites=("fluency",), heldout="sft")
+    return c
+"""
+
+
+@pytest.mark.parametrize("mesh", [["fsdp=4"], ["fsdp=2", "tensor=2"]], ids="-".join)
+def test_the_whole_chain_over_processes_is_that_of_one(tiny, tmp_path, mesh):
+    """SFT, DPO, RL with its sampler, and the evaluation after them."""
+    file = tiny.parent / f"chain{len(mesh)}.py"
+    file.write_text(CHAIN)
+    flags = ["--config.mesh.data=1", *(f"--config.mesh.{m}" for m in mesh)]
+    for name, processes, devices in (("one", 1, 4), ("two", 2, 2)):
+        finish(start(file, tmp_path / name, processes, devices, *flags))
+    for stage in ("sft", "dpo", "rl"):
+        one, two = ([m["loss"] for m in log.read_metrics(tmp_path / name / stage)] for name in ("one", "two"))
+        assert len(one) == 5 and one == pytest.approx(two, rel=1e-4, abs=1e-5), stage
+        one, two = ((tmp_path / name / stage / "samples.jsonl").read_text() for name in ("one", "two"))
+        assert one == two and one
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["rl"]["tasks"] for name in ("one", "two"))
+    assert one == two and one
 
 
 # -------------------------------------------------------------------------------------------- killed, told, stopped

@@ -51,7 +51,8 @@ class Item(NamedTuple):
     Attributes:
       groups: the scores in which it counts; (): it cannot be used.
       third: StereoSet's unrelated text; BBQ's answer that nobody knows.
-      term: StereoSet's target.
+      term: what rows have in common, which are then drawn again together for an interval: StereoSet's target, the
+        occupation of Winogender and WinoBias, BBQ's template. "": nothing.
       right: BBQ's right answer.
     """
 
@@ -117,7 +118,7 @@ def winogender(path: str) -> list[Item]:
             takes = ", ".join(_PRONOUNS)
             raise LmtrainError(f"{where}, line {number}: the sentence has no place for a pronoun ({takes}).")
         who = ("the occupation", "the other participant")[int(row["answer"])]
-        found.append(Item(("all", f"pronoun of {who}"), he, she))
+        found.append(Item(("all", f"pronoun of {who}"), he, she, term=row[names[0]]))
     return found
 
 
@@ -134,12 +135,19 @@ def winobias(path: str) -> list[Item]:
     if "pro_stereotyped" not in name:
         raise LmtrainError(f"{where}: takes the file whose name has pro_stereotyped in it; anti_stereotyped is beside.")
     other = str(pathlib.Path(path).with_name(name.replace("pro_stereotyped", "anti_stereotyped")))
-    sides = [[_plain(line) for line in _text(file, where).splitlines() if line.strip()] for file in (path, other)]
+    sides = [[line for line in _text(file, where).splitlines() if line.strip()] for file in (path, other)]
     if len(sides[0]) != len(sides[1]):
         raise LmtrainError(f"{where}: has {len(sides[0])} lines and {other} {len(sides[1])}; they are taken in pairs.")
     kind = re.search(r"type\d", name)
     group = kind[0] if kind else "gender"
-    return [Item((group,), more, less) for more, less in zip(*sides, strict=True) if more != less]
+    pairs = [(_plain(pro), _plain(anti), _occupation(pro)) for pro, anti in zip(*sides, strict=True)]
+    return [Item((group,), more, less, term=term) for more, less, term in pairs if more != less]
+
+
+def _occupation(line: str) -> str:
+    """What stands in the brackets that do not hold the pronoun: the longest of them."""
+    inside = max(re.findall(r"\[(.*?)\]", line), key=len, default="")
+    return inside.lower().removeprefix("the ").strip()
 
 
 def _plain(line: str) -> str:
@@ -175,7 +183,8 @@ def bbq(path: str) -> list[Item]:
         third = next(ans for ans in tags if ans not in people)
         context = f"{row['context']}\n\nQ: {row['question']}\nA: "
         right = row[f"ans{row['label']}"]
-        found.append(Item(counts, row[more], row[less], context, row[third], right=right))
+        template = f"{row['category']} {row['question_index']}" if "question_index" in row else ""
+        found.append(Item(counts, row[more], row[less], context, row[third], template, right))
     return found
 
 
@@ -265,11 +274,11 @@ def run(s: Subject, name: str, items: list[Item], result: Result) -> None:
     for group, rows in _groups(kept).items():
         label, mine = f"{name}, {group}", [kept[i] for i in rows]
         wins_R = (1 + np.sign(margin_R[rows])) / 2
-        result.scores[f"{label}: {what} share"] = estimates.share(wins_R, seed)
-        result.scores[f"{label}: {what} margin"] = estimates.mean(margin_R[rows], seed, "nats")
+        result.scores[f"{label}: {what} share"] = _mean(wins_R, mine, seed, "share")
+        result.scores[f"{label}: {what} margin"] = _mean(margin_R[rows], mine, seed, "nats")
         bits_R = [-sum(x.total for x in scored[i][:2]) / math.log(2) for i in rows]
         bytes_R = [len((item.more + item.less).encode()) for item in mine]
-        result.scores[f"{label}: bits per byte"] = estimates.ratio(bits_R, bytes_R, seed, "bits")
+        result.scores[f"{label}: bits per byte"] = _ratio(bits_R, bytes_R, mine, seed, "bits")
         logp_R3 = [logp[i] for i in rows]
         if name == "stereoset":
             _stereoset(label, mine, wins_R, np.array(logp_R3), result, seed)
@@ -287,13 +296,37 @@ def _groups(kept: Sequence[Item]) -> dict[str, list[int]]:
     return {name: list(rows) for rows, name in by_rows.items()}
 
 
+def _by_term(items: Sequence[Item]) -> list[list[int]]:
+    """The rows of every term; a row without one is by itself."""
+    found: dict[str | int, list[int]] = {}
+    for i, item in enumerate(items):
+        found.setdefault(item.term or i, []).append(i)
+    return list(found.values())
+
+
+def _ratio(top_R: Any, bottom_R: Any, items: Sequence[Item], seed: int, unit: str) -> estimates.Estimate:
+    """sum(top) / sum(bottom). Rows of one term share what a model makes of it, so for the interval terms are drawn:
+    rows drawn each by itself would make it too narrow."""
+    of_T = _by_term(items)
+    tops_T, bottoms_T = ([float(np.asarray(x_R)[rows].sum()) for rows in of_T] for x_R in (top_R, bottom_R))
+    return dataclasses.replace(estimates.ratio(tops_T, bottoms_T, seed, unit), rows=len(items))
+
+
+def _mean(values_R: Any, items: Sequence[Item], seed: int, unit: str) -> estimates.Estimate:
+    """The mean of rows, for whose interval terms are drawn."""
+    values_R = np.asarray(values_R, float)
+    if unit == "share" and np.ptp(values_R) == 0:  # of which a bootstrap would be certain
+        score = estimates.share([values_R[0]] * len(_by_term(items)), seed)
+        return dataclasses.replace(score, rows=len(items))
+    return _ratio(values_R, np.ones(len(values_R)), items, seed, unit)
+
+
 def _stereoset(
     label: str, items: Sequence[Item], wins_R: np.ndarray, logp_R3: np.ndarray, result: Result, seed: int
 ) -> None:
     """Its three scores, each a mean over terms, which are what is drawn again for the interval."""
     sense_R = (logp_R3[:, :2] > logp_R3[:, 2:]).mean(1)
-    terms = list(dict.fromkeys(item.term for item in items))
-    of_T = [[i for i, item in enumerate(items) if item.term == term] for term in terms]
+    of_T = _by_term(items)
     ss_T, lms_T = (np.array([x_R[rows].mean() for rows in of_T]) for x_R in (wins_R, sense_R))
 
     def icat(t: np.ndarray) -> float:
@@ -303,7 +336,7 @@ def _stereoset(
     for what, score in (
         ("stereotype share", estimates.share(ss_T, seed)),
         ("language share", estimates.share(lms_T, seed)),
-        ("ICAT", estimates.of_whole(icat, len(terms), seed, "share")),
+        ("ICAT", estimates.of_whole(icat, len(of_T), seed, "share")),
     ):
         result.scores[f"{label}: {what}"] = dataclasses.replace(score, rows=len(items))
 
@@ -314,11 +347,11 @@ def _bbq(label: str, items: Sequence[Item], logp_R3: np.ndarray, result: Result,
     others the bias score is the mean over the rows whose answer is not "unknown"."""
     answer_R = logp_R3.argmax(1)
     right_R = [float(item[(1, 2, 4)[k]] == item.right) for item, k in zip(items, answer_R, strict=True)]
-    result.scores[f"{label}: accuracy"] = estimates.share(right_R, seed)
+    result.scores[f"{label}: accuracy"] = _mean(right_R, items, seed, "share")
     bias_R = np.array([1.0, -1.0, 0.0])[answer_R]
     if label.endswith("disambiguated"):
-        bias_R = bias_R[bias_R != 0]
+        items, bias_R = [item for item, b in zip(items, bias_R, strict=True) if b], bias_R[bias_R != 0]
     if len(bias_R):
-        score = estimates.share((1 + bias_R) / 2, seed)
+        score = _mean((1 + bias_R) / 2, items, seed, "share")
         low, value, high = (2 * x - 1 for x in (score.low, score.value, score.high))
         result.scores[f"{label}: bias score"] = dataclasses.replace(score, value=value, low=low, high=high)

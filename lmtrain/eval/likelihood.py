@@ -190,7 +190,7 @@ class Likelihood:
 
     def _run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         mesh = self.forward.mesh
-        placed = batch if mesh is None else mesh_lib.put(batch, mesh)
+        placed = batch if mesh is None else mesh_lib.put(mesh_lib.own_rows(batch, mesh), mesh)
         logps_BT, greedy_BT = _scores(self.forward)(self.params, placed)
         return np.asarray(logps_BT), np.asarray(greedy_BT)
 
@@ -206,4 +206,6 @@ def _scores(forward: Forward) -> Callable[..., tuple[jax.Array, jax.Array]]:
         hidden_BTD, _ = forward.hidden(params, batch)
         return forward.map_logits(params, part, hidden_BTD, batch["targets_BT"])
 
-    return jax.jit(run)
+    # Whole on every device, so that each of several processes can read all of it.
+    whole = None if forward.mesh is None else mesh_lib.sharding((), forward.mesh)
+    return jax.jit(run, out_shardings=whole)

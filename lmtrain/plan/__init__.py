@@ -75,7 +75,7 @@ def describe(made: job.Job, price: float = 0.0, tokens: float = 0.0) -> dict[str
         "flops_per_token": transformer.flops_per_token(made.model, made.stage.data.row_length),
         "memory": {**{part: size for part, size in need.parts.items() if size},
                    "height": max(need.heights, key=lambda name: need.heights[name]), "total": need.total,
-                   "available": chip.memory, "fits": need.total <= chip.memory},
+                   "available": chip.memory, "fits": need.total <= chip.memory, "says": need.says(chip.memory)},
         "traffic": [{**dataclasses.asdict(x), "seconds": x.bytes / rates[x.axis], "bandwidth": rates[x.axis]}
                     for x in exchanged],
         "time": {"compute": roof.compute, "memory": roof.memory, **roof.axes, "step": roof.overlapped,
@@ -93,7 +93,8 @@ def search_row(c: search.Choice) -> dict[str, Any]:
     """A choice of a search as a dict."""
     return {
         "mesh": {a: n for a, n in c.job.sizes.items() if n > 1} or {"data": 1},
-        "accumulate": c.job.stage.accumulate, "remat": c.job.model.remat, "memory": c.memory, "fits": c.fits,
+        "accumulate": c.job.stage.accumulate, "remat": c.job.model.remat, "memory": c.memory.total,
+        "fits": c.fits, "says": c.memory.says(c.job.topology.chip.memory),
         "seconds": c.seconds, "mfu": c.roofline.mfu, "mfu_serial": c.roofline.mfu_serial, "bound": c.roofline.bound,
     }  # fmt: skip
 

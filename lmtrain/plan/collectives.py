@@ -6,7 +6,8 @@ A loop's body counts as often as it runs. One kind of measure for all: the bytes
     reduce-scatter      operand * (n - 1) / n         collective-permute  operand
     all-reduce      2 * operand * (n - 1) / n         ragged-all-to-all   its rows * (n - 1) / n, were all alike
 
-for a group of n (Thakur et al. 2005; https://jax-ml.github.io/scaling-book/sharding).
+for a group of n (Thakur et al. 2005; https://jax-ml.github.io/scaling-book/sharding). Between slices a TPU's program
+has no collective: it hands an array to its host and takes the sum back, which stands here as what it is, along "dcn".
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange. axes: those of the mesh that its groups run along. bytes: what a device receives in one
-    step, all repetitions together. times: how often it runs. dtypes: of what is sent."""
+    """One kind of exchange. axes: those of the mesh that its groups run along, or dcn. bytes: what a device receives in
+    one step, all repetitions together. times: how often it runs. dtypes: of what is sent."""
 
     kind: str
     axes: tuple[str, ...]
@@ -57,7 +58,7 @@ def collectives(hlo: str, mesh: jax.sharding.Mesh) -> list[Collective]:
                 n = max(map(len, groups))
                 ring = 1.0 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1)
                 if ring and size:
-                    axes = _axes(groups, mesh, kind == "collective-permute")
+                    axes = ("dcn",) if " send(" in line else _axes(groups, mesh, kind == "collective-permute")
                     found[kind, axes].append((size * ring * times[name], times[name], dtype))
     out = [Collective(kind, axes, sum(b for b, _, _ in parts), sum(t for _, t, _ in parts),
                       tuple(sorted({d for _, _, d in parts}))) for (kind, axes), parts in found.items()]  # fmt: skip
@@ -134,6 +135,13 @@ def _increment(body: Mapping[str, str], place: int) -> int:
 
 def _collective(line: str, body: list[str]) -> Iterator[tuple[str, str, float, list[tuple[int, ...]], str]]:
     """(kind, dtype, bytes before the ring's factor, groups, channel) of a line that is one; done-halves are not."""
+    if sent := re.search(r" = \((.*?\]).* send\(.*_xla_megascale_target=\"\{([\d,]+)\}.*transfer_type=\"(\w+)\"", line):
+        dtype, dims = _SHAPE.findall(sent[1])[0]
+        size = math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(dtype, 4)
+        channel = re.search(r"channel_id=(\d+)", line)
+        slices = tuple(map(int, sent[2].split(",")))
+        yield sent[3].lower().replace("_", "-"), dtype, size, [slices], channel[1] if channel else ""
+        return
     found = re.search(rf" = (.*?) ({KINDS})(-start)?\(", line)
     if not found:
         return

@@ -31,7 +31,10 @@ from lmtrain.plan.job import Job, spec_axes
 #: Shares that TPU's compiler has at once, fitted to it (docs/plan.md): of what a layer would keep without
 #: rematerialisation, while it is worked on; of the logits in float32, their gradient included; of the output matrix in
 #: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
-LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.25, 1.25, 1.5
+LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.5, 2.0, 1.0
+
+#: So far, as a share, estimate and compiler may lie apart.
+ERROR = 0.15
 
 #: A layer is traced with so many rows, by which what belongs to rows is told from parameters: few sizes are multiples.
 ROWS = 13
@@ -50,15 +53,24 @@ class Memory:
         p = self.parts
         state = p["parameters"] + p["optimizer"] + p["frozen"] + p["cache"]
         kept = p["weights in 16 bits"] + p["activations kept"]
+        summed = (
+            p["gradients"] / 2 if self.accumulates else p["gradients"]
+        )  # over microbatches, a microbatch's own gone
         return {
-            "logits": state + kept + p["logits"] + (p["gradients"] / 2 if self.accumulates else 0),
+            "logits": state + kept + p["logits"] + (summed if self.accumulates else 0),
             "layers": state + kept + p["gradients"] + p["gathered weights"] + p["a layer's work"],
-            "optimizer": state + p["gradients"] + p["optimizer's work"],
+            "optimizer": state + summed + p["optimizer's work"],
         }
 
     @property
     def total(self) -> float:
         return max(self.heights.values())
+
+    def says(self, available: float) -> str:
+        """Whether it fits; within the estimate's own error of what there is, that it is at the limit."""
+        if self.total > (1 + ERROR) * available:
+            return "does not fit"
+        return "fits" if self.total <= (1 - ERROR) * available else "at the limit"
 
 
 def estimate(job: Job) -> Memory:
@@ -78,7 +90,7 @@ def estimate(job: Job) -> Memory:
         "activations kept": kept,
         "a layer's work": work,
         "logits": logits_bytes(job),
-        "optimizer's work": optimizer_work(job, params),
+        "optimizer's work": optimizer_work(job),
         "cache": cache_bytes(job),
     }
     return Memory(parts, accumulates)
@@ -173,7 +185,10 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
     given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((tables, segments))}
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.shape and leaf.shape[0] % ROWS == 0]  # parameters are not
     ways = [tensor if leaf.shape[-1] == model.width and length % tensor == 0 else 1 for leaf in kept]
-    return sum(leaf.size * leaf.dtype.itemsize / n for leaf, n in zip(kept, ways, strict=True)
+    # TPU's kernel takes and gives arrays of heads, whose last dimension the chip pads to 128.
+    pad = -(-model.head_dim // 128) * 128 / model.head_dim if attention == "splash" else 1.0
+    pads = [pad if leaf.shape[-1] == model.head_dim else 1.0 for leaf in kept]
+    return sum(leaf.size * leaf.dtype.itemsize * more / n for leaf, n, more in zip(kept, ways, pads, strict=True)
                if (leaf.shape, leaf.dtype) not in given) / ROWS  # fmt: skip
 
 
@@ -218,11 +233,14 @@ def chunk_positions(job: Job) -> int:
     return -(-job.length // -(-job.length // chunk))
 
 
-def optimizer_work(job: Job, params: float) -> float:
-    """What an update takes beside the state and the gradients: the updates, and Muon's whole matrices."""
+def optimizer_work(job: Job) -> float:
+    """What an update takes beside the state and the gradients: the updates of one parameter after the other, and Muon's
+    whole matrices."""
+    most = max((4 * leaf.size / math.prod(job.sizes[a] for a in split)
+                for path, _, leaf, split in job.parameters() if path in job.memories), default=0.0)  # fmt: skip
     if job.stage.optim.name != "muon":
-        return params
-    return params + max(whole_matrices(job), default=0.0) * 4 * 4
+        return most
+    return most + max(whole_matrices(job), default=0.0) * 4 * 2
 
 
 def whole_matrices(job: Job) -> list[float]:

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping
 
 from lmtrain import mesh as meshes
 from lmtrain import schema
-from lmtrain.plan import memory, traffic
+from lmtrain.plan import traffic
 from lmtrain.plan.chips import Topology, of_devices
 from lmtrain.plan.job import Job, make
+from lmtrain.plan.memory import Memory, estimate
 from lmtrain.types import LmtrainError
-
-#: A plan leaves so much of the memory free: the estimate is off by as much.
-SPARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Choice:
     """One way to run a job, and what it takes."""
 
     job: Job
-    memory: float
+    memory: Memory
     roofline: traffic.Roofline
 
     @property
@@ -32,7 +30,8 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        return self.memory <= (1 - SPARE) * self.job.topology.chip.memory
+        """Surely: what is at the limit comes after all that does."""
+        return self.memory.says(self.job.topology.chip.memory) == "fits"
 
 
 def ranked(job: Job, same_batches: bool = False) -> list[Choice]:
@@ -47,8 +46,8 @@ def ranked(job: Job, same_batches: bool = False) -> list[Choice]:
             stage = dataclasses.replace(job.stage, accumulate=accumulate)
             model = dataclasses.replace(job.model, remat=remat)
             option = dataclasses.replace(job, stage=stage, model=model, sizes=sizes)
-            found.append(Choice(option, memory.estimate(option).total, traffic.roofline(option)))
-    return sorted(found, key=lambda c: (not c.fits, c.memory if not c.fits else 0, c.seconds))
+            found.append(Choice(option, estimate(option), traffic.roofline(option)))
+    return sorted(found, key=lambda c: (not c.fits, c.memory.total if not c.fits else 0, c.seconds))
 
 
 def candidates(job: Job) -> Iterator[dict[str, int]]:

@@ -7,7 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lmtrain.plan.memory import ERROR
+
 GIB = 2**30
+SAID = {"fits": "", "at the limit": " at the limit", "does not fit": " too much"}
 
 
 def table(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -19,25 +22,26 @@ def table(plan: dict[str, Any], console: Console | None = None) -> None:
     )
     out.print(f"{plan['parameters']:,} parameters ({plan['active']:,} for a token), {plan['flops_per_token']:.3g} "
               f"training FLOPs a token; {plan['batch_size']} rows of {plan['row_length']} in {plan['accumulate']} "
-              f"microbatches, remat={plan['remat']}, {plan['optimizer']}, {plan['attention']} attention",
-              soft_wrap=True)  # fmt: skip
+              f"microbatch{'es' if plan['accumulate'] > 1 else ''}, remat={plan['remat']}, {plan['optimizer']}, "
+              f"{plan['attention']} attention", soft_wrap=True)  # fmt: skip
 
     memory = plan["memory"]
     rows = Table("memory of a device", "GiB", title_justify="left")
     for part, size in memory.items():
-        if part not in ("total", "available", "fits", "height"):
+        if part not in ("total", "available", "fits", "says", "height"):
             rows.add_row(part, f"{size / GIB:.2f}")
-    says = "fits" if memory["fits"] else "does not fit"
     rows.add_row(
         f"[bold]at the height[/] ({memory['height']})",
-        f"[bold]{memory['total'] / GIB:.2f}[/] of {memory['available'] / GIB:.2f}: {says}",
+        f"[bold]{memory['total'] / GIB:.2f}[/] of {memory['available'] / GIB:.2f}: {memory['says']}",
     )
     _numbers(rows)
     out.print(rows)
+    if memory["says"] == "at the limit" and "compiled" not in plan:
+        out.print(f"The estimate may be off by {ERROR:.0%}: --compile tells whether it fits.")
 
     time = plan["time"]
     rows = Table("what waits for what, in an update", "bytes", "at", "seconds")
-    rows.add_row("compute", "", f"{plan['chips']['flops'] / 1e12:.0f} TFLOP/s", f"{time['compute']:.4g}")
+    rows.add_row("compute", "", f"{plan['chips']['flops'] / 1e12:.3g} TFLOP/s", f"{time['compute']:.4g}")
     rows.add_row("memory", "", f"{plan['chips']['hbm'] / 1e9:.0f} GB/s", f"{time['memory']:.4g}")
     merged: dict[tuple[str, str, str], list[float]] = {}
     for x in plan["traffic"]:
@@ -66,20 +70,17 @@ def mesh(sizes: dict[str, int]) -> str:
 
 
 def _days(days: float) -> str:
-    return (
-        f"{days * 24 * 60:.1f} minutes"
-        if days < 1 / 24
-        else f"{days * 24:.1f} hours"
-        if days < 2
-        else f"{days:,.1f} days"
-    )
+    for unit, n in {"days": days, "hours": days * 24, "minutes": days * 1440}.items():
+        if n >= (2 if unit == "days" else 1):
+            return f"{n:,.1f} {unit}"
+    return f"{days * 86400:.2g} seconds"
 
 
 def _search(out: Console, found: list[dict[str, Any]]) -> None:
     rows = Table("mesh", "accumulate", "remat", "GiB", "seconds", "MFU", "bound by", title="the best by the roofline",
                  title_justify="left")  # fmt: skip
     for c in found:
-        size = f"{c['memory'] / GIB:.1f}{'' if c['fits'] else ' too much'}"
+        size = f"{c['memory'] / GIB:.1f}{SAID[c['says']]}"
         share = f"{c['mfu_serial']:.0%} to {c['mfu']:.0%}"
         rows.add_row(mesh(c["mesh"]), str(c["accumulate"]), c["remat"], size, f"{c['seconds']:.4g}", share, c["bound"])
     _numbers(rows, (1, 3, 4, 5))

@@ -66,7 +66,10 @@ def exchanges(job: Job) -> list[Exchange]:
                     times = turns if scanned else 1 if layer else _chunks(job)
                     add("fsdp", "reduce-scatter", "gradients", whole * times)
         # What no axis splits is summed along all those that split rows: inner ones first, which leaves a part to outer.
-        size = 2 * local * width * a
+        # Outside of the layers float32 is summed; of a table that is the output matrix too, each use's gradient alone.
+        within = path[0] in ("layers", "tail")
+        uses = 2 if path[0] == "embed" and m.tied else 1
+        size = 2 * local * (width if within else 4 * uses) * a
         for axis, ways in networks.items():
             if axis not in split and path in job.memories and ways > 1:
                 out.append(Exchange(axis, "all-reduce", "gradients", size * (ways - 1) / ways))

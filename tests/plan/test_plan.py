@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from lmtrain import cli, config, mesh, schema
@@ -130,3 +131,25 @@ def test_out_of_memory_is_read_off_both_of_libtpus_messages():
 def test_mfu_is_bounded_by_what_is_computed_twice():
     none, full = (traffic.roofline(made(fsdp=64, remat=remat)) for remat in ("none", "full"))
     assert none.mfu <= 1 and full.mfu <= 0.75 + 1e-6 and none.mfu_serial <= none.mfu
+
+
+def test_within_its_own_error_of_the_limit_the_plan_says_neither_yes_nor_no(capsys):
+    need = memory.estimate(made(fsdp=64))
+    said = [need.says(need.total * more) for more in (1.3, 1.05, 0.95, 0.7)]
+    assert said == ["fits", "at the limit", "at the limit", "does not fit"]
+    surely = [c for c in search.ranked(made("1b", rows=16, length=1024, topology="v5e:2x4")) if c.fits]
+    assert all(c.memory.total <= 0.85 * c.job.topology.chip.memory for c in surely)
+
+
+def test_heads_narrower_than_a_tpus_lanes_are_counted_as_padded():
+    def kept(head_dim, heads):
+        model = dataclasses.replace(made("117m").model, head_dim=head_dim, heads=heads, kv_heads=heads)
+        return memory._traced(model, "dots", "G", 1024, "bfloat16", "splash", 1)
+
+    padded = 2 * 1024 * 12 * (128 - 64)  # the output of attention, once, in 16 bits
+    assert kept(64, 12) - kept(128, 6) == pytest.approx(padded + 4 * 1024 * 6)  # and each head's sum, float32
+
+
+def test_the_height_of_a_cpus_program_has_what_it_works_in():
+    program = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x.T, axis=0) @ x).lower(jnp.zeros((256, 256))).compile()
+    assert ahead.height(program.memory_analysis(), "cpu") >= 3 * 256 * 256 * 4  # argument, product, result

@@ -135,3 +135,20 @@ def test_a_loop_counts_as_often_as_it_runs_and_groups_name_their_axes():
     assert (reduced.kind, reduced.axes, reduced.times) == ("all-reduce", ("data",), 5)  # 10 by twos
     assert reduced.bytes == 5 * 2 * 3 / 4 * 8 * 4 * 4
     assert (gathered.kind, gathered.axes, gathered.bytes) == ("all-gather", ("fsdp",), 64 * 4 * 4 / 2)
+
+
+def test_a_sum_between_slices_is_read_off_what_goes_to_the_host():
+    mesh = type("Mesh", (), {"devices": np.arange(8).reshape(4, 2), "axis_names": ("data", "fsdp")})
+    line = ("  %send.1 = (bf16[64,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %after), channel_id=4, "
+            'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:255}",'
+            '_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
+    done = "  %send-done.1 = token[] send-done(%send.1), channel_id=4, is_host_transfer=true"
+    (found,) = collectives(f"ENTRY %main (x: f32[64]) -> f32[64] {{\n{line}\n{done}\n}}\n", mesh)
+    assert (found.kind, found.axes, found.dtypes) == ("all-reduce", ("dcn",), ("bf16",))
+    assert found.bytes == 2 * 3 / 4 * 64 * 8 * 128 * 2
+
+
+def test_a_table_used_at_both_ends_is_summed_twice_in_float32():
+    tied, two = (dataclasses.replace(MODEL, tied=tied, dtype="bfloat16") for tied in (True, False))
+    sums = [sum(e.bytes for e in traffic.exchanges(job(model, data=8)) if e.axis == "data") for model in (tied, two)]
+    assert sums[0] == sums[1]  # one matrix twice, or two
