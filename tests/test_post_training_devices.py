@@ -1,7 +1,7 @@
 """SFT, reward, DPO with adapters, GRPO and PPO on eight pretended devices: the losses, rewards and replies of one.
 
-Gradients that are zero but for rounding (those of the keys' biases) are kept from moving anything by Adam's epsilon;
-with its default, runs part by 1e-4 after 40 steps, and in float64 by 1e-10.
+Gradients that are zero but for rounding (those of the keys' biases) are kept from moving anything by Adam's epsilon:
+with its default and lr=0.01, SFT parts by 4e-4 within 40 steps, and in float64 by 4e-10 within 30.
 """
 
 import json
