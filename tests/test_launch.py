@@ -1,6 +1,7 @@
 """The launch scripts: they parse, and what they would run is what they should."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -41,7 +42,8 @@ def test_local_starts_n_processes_that_know_their_place():
 
 
 def test_local_refuses_what_is_no_number():
-    done = subprocess.run([LAUNCH / "local.sh", "two", *ARGS], capture_output=True, text=True)
+    env = os.environ | {"PYTHON": sys.executable}  # `make test PYTHON=...` leaves another in the environment
+    done = subprocess.run([LAUNCH / "local.sh", "two", *ARGS], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "usage: launch/local.sh" in done.stderr
 
 
