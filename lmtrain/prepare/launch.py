@@ -172,6 +172,10 @@ def _submit(s: Settings, stages: Sequence[Stage], waiting: Sequence[str]) -> boo
         ]
         log.say("\n  ".join([f"still queued or running: job {', '.join(waiting)}", *rows]))
         return False
+    note = _note(pathlib.Path(s.to, "logs"))
+    failed = next((stage.name for stage, n in zip(stages, left, strict=True) if n), "") if note.exists() else ""
+    if failed:
+        log.say(f"{failed} was not completed; its logs are in {note.parent / failed}. Queued again:")
     ids: list[str] = []
     before = None
     for stage, executor, n in zip(stages, executors, left, strict=True):
@@ -183,7 +187,7 @@ def _submit(s: Settings, stages: Sequence[Stage], waiting: Sequence[str]) -> boo
                 raise LmtrainError(f"--executor slurm: sbatch refuses {stage.name}: {error}") from None
             finally:
                 ids += executor.ids
-                _note(pathlib.Path(s.to, "logs")).write_text(json.dumps(ids))
+                note.write_text(json.dumps(ids))
             log.say(f"{stage.name}: job {', '.join(executor.ids)}, {n} of {stage.tasks} tasks")
             before = executor
     return not ids

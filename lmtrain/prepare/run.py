@@ -131,7 +131,7 @@ def _same(file: pathlib.Path, value: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def _owned(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder's lock. Where no task was completed and none is at work, only what a model wrote is kept.
+    """Holds the folder's lock. Where no task was completed and none is at work, what a model wrote and logs alone stay.
 
     So what was refused may be given again with other settings and files.
     """
@@ -149,8 +149,8 @@ def _owned(folder: pathlib.Path) -> Iterator[None]:
         logs = folder / "logs"
         done = (folder / "manifest.json").exists() or any(logs.glob("*/completions/*"))
         if not done and not (logs.exists() and launch.at_work(logs)):
-            for name in set(KEPT) - {"synthetic"}:
-                path = folder / name
+            begun = [folder / name for name in KEPT if name not in ("synthetic", "logs")]
+            for path in [*begun, *logs.glob("*/stats")]:  # their stats would be added to those of other tasks
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         yield
 

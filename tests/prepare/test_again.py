@@ -27,6 +27,9 @@ def test_what_was_refused_is_corrected_in_place_by_settings_or_by_mending_the_fi
     ):
         with pytest.raises(LmtrainError, match="a.jsonl:2: no field"):
             run.prepare(settings(tmp_path, to=str(tmp_path / to), **FEW), progress=False)
+        stats = tmp_path / to / "logs/clean/stats/00007.json"  # of a task that was killed before it was completed
+        stats.parent.mkdir(exist_ok=True)
+        stats.write_text(json.dumps([{"name": "READER: read", "stats": {"documents": 5}}]))
         if rows:
             jsonl(tmp_path / "in/a.jsonl", rows)
         assert run.prepare(settings(tmp_path, to=str(tmp_path / to), **FEW | change), progress=False)
