@@ -22,7 +22,15 @@ dry=
 # Run, or shown.
 do_() { if [[ $dry ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 workers() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
-state() { gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>/dev/null || echo NONE; }
+state() { # NONE where there is no such slice; another failure, as of the network, is asked again
+    local said
+    until said=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>&1); do
+        [[ $said == *NOT_FOUND* ]] && { echo NONE; return; }
+        echo "$said" >&2
+        sleep 30
+    done
+    echo "$said"
+}
 
 create() {
     do_ gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
@@ -39,15 +47,18 @@ setup() {
         do_ gcloud compute tpus tpu-vm scp /tmp/lmtrain.tar.gz "$name": --zone="$zone" --worker=all &&
         workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,tensorboard]'"
 }
-run() { # its exit status is left in status; nothing there means that it still runs
-    workers "cd lmtrain && rm -f status && (setsid nohup bash -c '.venv/bin/lmtrain run $(printf '%q ' "$@") >> lmtrain.log 2>&1; echo \$? > status' > /dev/null 2>&1 &)"
+run() { # its exit status is left in status; none there, and nothing that runs, means that it was lost
+    local it
+    it=".venv/bin/lmtrain run $(printf '%q ' "$@") >> lmtrain.log 2>&1; echo \$? > status"
+    workers "cd lmtrain && rm -f status && (setsid nohup bash -c $(printf %q "$it") > /dev/null 2>&1 &)"
 }
 logs() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="tail -n 100 -F lmtrain/lmtrain.log"; }
-stop() { workers "pkill -TERM -f '[l]mtrain run' || true"; }
+# The interpreter alone is told, not the shell around it, which has to leave the status behind.
+stop() { workers "pkill -TERM -f '^[^ ]*python[^ ]* [^ ]*[l]mtrain run ' || true"; }
 status() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="cat lmtrain/status 2>/dev/null" 2>/dev/null || true; }
-running() { [[ ! $dry ]] && gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="pgrep -f '[l]mtrain run'" >/dev/null 2>&1; }
+running() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command="pgrep -f '[l]mtrain run '" >/dev/null 2>&1; }
 resume() {
-    local pause=30 restart code
+    local pause=30 restart code lost
     for ((restart = 0; restart <= ${RESTARTS:-20}; restart++)); do
         if [[ $dry || $(state) != ACTIVE ]]; then
             delete || true
@@ -58,14 +69,14 @@ resume() {
                 continue
             fi
         fi
-        running || run "$@" || continue
+        [[ ! $dry ]] && running || run "$@" || continue
         [[ $dry ]] && return
         pause=30
-        code=
-        while [[ $(state) == ACTIVE ]]; do
-            code=$(status)
-            [[ $code ]] && break
+        code= lost=0
+        while [[ $(state) == ACTIVE && ! $code ]] && ((lost < 3)); do
             sleep 30
+            if running; then lost=0; else lost=$((lost + 1)); fi
+            code=$(status)
         done
         case $code in 0) return 0 ;; 2) echo "refused; see the log" >&2; return 2 ;; esac
     done

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lmtrain import checkpoint, partial, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.interop import huggingface
-from lmtrain.models import quantise, transformer
+from lmtrain.models import pipeline, quantise, transformer
 from lmtrain.types import Frozen, LmtrainError, Params
 
 
@@ -47,8 +47,19 @@ class Origin:
     identify: Callable[[], str]
     rest: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def check(self, mesh: Mesh) -> None:
+        """Refuses a mesh that does not divide the model, a ConfigError that names both."""
+        axes = transformer.axes(self.model)
+        try:
+            pipeline.check(self.model, transformer.groups(self.model)[0], mesh)
+            mesh_lib.check_shapes(transformer.shapes(self.model), axes, mesh)
+        except schema.ConfigError as error:
+            raise schema.ConfigError(f"{self.where}: {error}") from None
+
     def frozen(self, mesh: Mesh | None = None) -> Frozen:
         """Parameters and forward pass, to be read and never trained; sharded over a mesh where given."""
+        if mesh is not None:
+            self.check(mesh)
         shardings = mesh_lib.shardings(transformer.axes(self.model), mesh) if mesh is not None else None
         return Frozen(self.load(shardings), transformer.Forward(self.model, mesh))
 

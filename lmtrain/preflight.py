@@ -59,6 +59,7 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                     origin = origins.find(stage.init_from, folder).model
                 origin = model_of(stage, origin, stage.model.vocab_size or (origin.vocab_size if origin else 0) or 1024)
                 axes = transformer.axes(origin)
+                pipeline.check(origin, shapes.groups(origin)[0], mesh)
                 if stage.model.vocab_size:
                     mesh_lib.check_shapes(transformer.shapes(origin), axes, mesh)
                 chosen = partial.trained(stage, origin, axes)
@@ -73,13 +74,8 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                         "in few bits. Set model.lora.rank, train or freeze."
                     )
                 optim.make(stage.optim, stage.steps, partial.split(axes, chosen)[0])
-                pipeline.check(origin, shapes.groups(origin)[0], mesh)
                 check_batch(stage, mesh)
-                if origin.max_positions and stage.data.row_length > origin.max_positions:
-                    raise schema.ConfigError(
-                        f"data.row_length is {stage.data.row_length}, but the positions that the model learned end at "
-                        f"model.max_positions={origin.max_positions}."
-                    )
+                check_positions(stage, origin, "the model")
                 scaling = origin.rope_scaling
                 if feeds.kind(feeds.settled(stage)) == "rollout" and scaling.kind in BY_LENGTH:
                     if stage.data.row_length > scaling.original_length:
@@ -88,17 +84,31 @@ def check(e: schema.Experiment, mesh: Mesh, folder: pathlib.Path) -> None:
                             "token is not as likely when it is drawn as in the finished row, so RL would learn from "
                             f"wrong ratios; data.row_length takes at most {scaling.original_length}."
                         )
-                check_feed(feeds.settled(stage), list(models))
+                check_feed(feeds.settled(stage), models, mesh)
                 models[name] = origin
         except LmtrainError as error:
             raise type(error)(f"stages.{name}: {error}") from None
 
 
-def check_feed(stage: schema.Stage, before: list[str]) -> None:
-    """Refuses data, tasks, rewards and references that cannot be. `before`: the training stages before it."""
+def check_positions(stage: schema.Stage, model: schema.Model, name: str) -> None:
+    """Refuses rows that are longer than the positions that a model learned."""
+    if model.max_positions and stage.data.row_length > model.max_positions:
+        raise schema.ConfigError(
+            f"data.row_length is {stage.data.row_length}, but the positions that {name} learned end at "
+            f"model.max_positions={model.max_positions}."
+        )
+
+
+def check_feed(stage: schema.Stage, before: dict[str, schema.Model], mesh: Mesh) -> None:
+    """Refuses data, tasks, rewards and references that cannot be. `before`: the models of the training stages before
+    it."""
 
     def exists(run: str) -> Any:
-        return None if run in before else origins.find(run)
+        if run in before:
+            return check_positions(stage, before[run], run)
+        found = origins.find(run)
+        found.check(mesh)
+        return check_positions(stage, found.model, run)
 
     what, r = feeds.kind(stage), stage.rollout
     compares = getattr(stage.loss, "REFERENCE", False) or (what == "rollout" and r.reference == "start")

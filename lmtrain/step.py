@@ -159,7 +159,7 @@ def microbatches(batch: Batch, accumulate: int, mesh: jax.sharding.Mesh) -> Batc
             if x.shape[0] % ways:
                 raise schema.ConfigError(
                     f"batch_size is {x.shape[0]}, not a multiple of {ways}: accumulate={accumulate} times the "
-                    f"{ways // accumulate} parts that the mesh splits rows into (data * fsdp * expert)."
+                    f"{ways // accumulate} parts that the mesh splits rows into (stage * data * fsdp * expert)."
                 )
             axes = meshes.batch_axes(name, x.ndim)
             x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)

@@ -86,6 +86,12 @@ class Stopped(LmtrainError):
     status = 75  # EX_TEMPFAIL
 
 
+class HostGone(LmtrainError):
+    """Another process is gone, or did not come. All begin again from the newest checkpoint."""
+
+    status = 76
+
+
 class StorageError(LmtrainError):
     """A disk, a file system or a bucket refuses; once it is mended, the same command goes on."""
 

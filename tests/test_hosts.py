@@ -119,7 +119,7 @@ def test_the_whole_chain_over_processes_is_that_of_one(tiny, tmp_path, mesh):
         one, two = ([m["loss"] for m in log.read_metrics(tmp_path / name / stage)] for name in ("one", "two"))
         assert len(one) == 5 and one == pytest.approx(two, rel=1e-4, abs=1e-5), stage
         one, two = ((tmp_path / name / stage / "samples.jsonl").read_text() for name in ("one", "two"))
-        assert one == two and one
+        assert one == two and (one or stage != "rl")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text())["rl"]["tasks"] for name in ("one", "two"))
     assert one == two and one
 

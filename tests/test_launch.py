@@ -1,9 +1,12 @@
 """The launch scripts: they parse, and what they would run is what they should."""
 
+import json
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,21 +46,27 @@ def test_local_refuses_what_is_no_number():
 
 
 @pytest.mark.parametrize("name", ["DEVICES", "RESTARTS", "BACKOFF"])
-def test_local_refuses_a_setting_that_is_no_number(name):
-    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(LAUNCH.parent), name: "x"}
+@pytest.mark.parametrize("value", ["x", "-1"])
+def test_local_refuses_a_setting_that_is_no_number(name, value):
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(LAUNCH.parent), name: value}
     done = subprocess.run([LAUNCH / "local.sh", "2", *ARGS], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and f"{name} is 'x', but takes a number" in done.stderr and "Trace" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"{name} is '{value}', but takes a number" in done.stderr
+        and "Trace" not in done.stderr
+    )
 
 
 def test_slurm_runs_one_step_over_the_nodes():
-    assert re.fullmatch(rf"srun .*-m lmtrain.cli run {' '.join(ARGS)}\n", dry("slurm.sbatch", *ARGS))
+    said = shlex.split(dry("slurm.sbatch", *ARGS))
+    assert said[0] == "srun" and said[-7:] == ["-m", "lmtrain.cli", "run", *ARGS]
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert "#SBATCH --ntasks-per-node=1" in text and "#SBATCH --signal=TERM@" in text
 
 
 def test_the_tpu_script_goes_from_creation_to_deletion():
     said = dry("tpu_vm.sh", "resume", *ARGS, NAME="t", ZONE="z", SPOT="1").splitlines()
-    wanted = ["delete t", "create t .*--spot", "tar ", "scp ", "pip", "lmtrain\\\\ run\\\\ --config.*status"]
+    wanted = ["delete t", "create t .*--spot", "tar ", "scp ", "pip", "lmtrain.+run.+--config.*status"]
     assert len(said) == len(wanted)
     for line, part in zip(said, wanted, strict=True):
         assert re.search(part, line), line
@@ -67,8 +76,10 @@ def test_the_tpu_script_goes_from_creation_to_deletion():
 GCLOUD = """#!/bin/bash
 # A cloud in a folder: `plan` has what each creation does; the slice's state is in `state`.
 cd "$(dirname "$0")"; echo "$*" >> calls
+command=${!#}
 case "$*" in
-    *describe*) cat state 2>/dev/null || exit 1 ;;
+    *describe*) if [[ -e offline ]]; then rm offline; echo "no route to host" >&2; exit 1; fi
+        cat state 2>/dev/null || { echo "NOT_FOUND: no such resource" >&2; exit 1; } ;;
     *"queued-resources create"*)
         next=$(head -n 1 plan); sed -i 1d plan
         [[ $next == fails ]] && exit 1
@@ -76,11 +87,29 @@ case "$*" in
     *"queued-resources delete"*) rm -f state ;;
     *pgrep*) exit 1 ;;
     *"rm -f status"*) rm -f status; run=$(head -n 1 runs); sed -i 1d runs
-        if [[ $run == preempted ]]; then echo SUSPENDED > state; else echo "$run" > status; fi ;;
+        case $run in
+            preempted) echo SUSPENDED > state ;;
+            lost) ;;
+            real) cd .. && bash -c "${command#--command=}" ;;
+            *) echo "$run" > status ;;
+        esac ;;
     *"cat lmtrain/status"*) cat status 2>/dev/null ;;
 esac
 exit 0
 """
+
+
+def cloud(folder):
+    """A gcloud in a folder, workers' home in it, and no waiting; the environment to call it in."""
+    (folder / "lmtrain").mkdir()
+    for name, text in {
+        "lmtrain/gcloud": GCLOUD,
+        "lmtrain/sleep": "#!/bin/bash\n",
+        "lmtrain/tar": "#!/bin/bash\n",
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}/lmtrain:/usr/bin:/bin"}
 
 
 @pytest.mark.parametrize(
@@ -90,20 +119,44 @@ exit 0
         ("fails FAILED ACTIVE", "0", 0, 3),  # no quota, then no capacity, then a slice
         ("ACTIVE ACTIVE", "preempted 0", 0, 2),
         ("ACTIVE", "76 0", 0, 1),  # a host was lost, the slice stands
+        ("ACTIVE", "lost 0", 0, 1),  # rebooted: no process, no status
         ("ACTIVE", "2", 2, 1),
         ("fails fails fails", "", 1, 3),
     ],
 )
 def test_the_tpu_script_goes_on_through_preemptions(tmp_path, plan, runs, ends, created):
-    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/bash\n", "tar": "#!/bin/bash\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "plan").write_text(plan.replace(" ", "\n") + "\n")
-    (tmp_path / "runs").write_text(runs.replace(" ", "\n") + "\n")
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RESTARTS": "2" if ends == 1 else "9"}
-    done = subprocess.run([LAUNCH / "tpu_vm.sh", "resume", *ARGS], capture_output=True, text=True, env=env, timeout=20)
+    env = cloud(tmp_path) | {"RESTARTS": "2" if ends == 1 else "9"}
+    if plan.startswith("ACTIVE ACTIVE"):
+        (tmp_path / "lmtrain/offline").touch()  # one question without an answer is no lost slice
+    (tmp_path / "lmtrain/plan").write_text(plan.replace(" ", "\n") + "\n")
+    (tmp_path / "lmtrain/runs").write_text(runs.replace(" ", "\n") + "\n")
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "resume", *ARGS], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == ends, done.stderr
-    assert (tmp_path / "calls").read_text().count("queued-resources create") == created
+    assert (tmp_path / "lmtrain/calls").read_text().count("queued-resources create") == created
+
+
+def test_the_tpu_script_passes_arguments_as_they_are_and_keeps_the_status(tmp_path):
+    env = cloud(tmp_path)
+    (tmp_path / "lmtrain/runs").write_text("real\n")
+    (tmp_path / "lmtrain/.venv/bin").mkdir(parents=True)
+    command = tmp_path / "lmtrain/.venv/bin/lmtrain"
+    command.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(75)\n")
+    command.chmod(0o755)
+    args = ["--config", "a.py:t=f(x='a b')", "--workdir", "it's"]
+    subprocess.run([LAUNCH / "tpu_vm.sh", "run", *args], check=True, env=env, timeout=120)
+    status = tmp_path / "lmtrain/status"
+    end = time.monotonic() + 20
+    while not (status.exists() and status.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert status.read_text() == "75\n"
+    assert json.loads((tmp_path / "lmtrain/lmtrain.log").read_text()) == ["run", *args]
+
+
+def test_the_tpu_script_stops_the_interpreter_and_not_the_shell_that_keeps_its_status():
+    pattern = re.search(r"-f '(\^.*?)'", dry("tpu_vm.sh", "stop").replace("\\", ""))[1]
+    assert re.search(pattern, "/home/me/lmtrain/.venv/bin/python3 .venv/bin/lmtrain run --config a.py ")
+    for other in ("bash -c .venv/bin/lmtrain run --config a.py >> lmtrain.log", f"bash -c pkill -TERM -f '{pattern}'"):
+        assert not re.search(pattern, other)
 
 
 def test_the_jobsets_pods_know_their_place():

@@ -182,6 +182,20 @@ def test_a_student_learns_from_a_teacher_on_its_own_samples(sft, tmp_path):
     assert abs(rows[1]["loss"]) < 1e-5 and rows[1]["nll"] > 0, "student = teacher: nothing to learn"
 
 
+def test_a_frozen_model_that_the_mesh_does_not_divide_is_refused_by_name_before_the_first_stage(sft, tmp_path):
+    two, run = config.model(layers=2, width=32, heads=2), f"{sft.folder}/{sft.stage}"
+    reads = (
+        rl_stage(rollout=dict(rewards=("score", f"model({run})"))),
+        chat_stage(objective="gkd", model=two, teacher=run),
+    )
+    for stage in reads:
+        c = experiment(sft=chat_stage(model=two), last=stage)
+        c.mesh.stage = 2
+        with pytest.raises(LmtrainError, match=f"stages.last: .*{sft.stage}: mesh.stage=2.*layers=1.*one of 1[.]"):
+            lmtrain.run(c, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_reward_model_is_a_part_of_the_reward(sft, pairs, tmp_path):
     data = config.data("jsonl", path=str(pairs), row_length=96, heldout_fraction=0.2)
     stage = chat_stage(objective="reward", init_from=str(sft.folder), steps=2, data=data)

@@ -26,6 +26,7 @@ def get_config(arg=""):
     return c
 """
 S = "--config.stages.pretrain."
+STAGES = ["--config.mesh.stage=2", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
 
 
 @pytest.fixture
@@ -81,6 +82,15 @@ SETTINGS = [
     ([S + "init_from=nowhere"], ["nowhere"]),
     (["--config.mesh.tensor=3"], ["mesh", "3"]),
     (["--config.mesh.data=1", "--config.mesh.tensor=8"], ["tensor", "8", "heads"]),
+    ([*STAGES, S + "model.layers=3"], ["mesh.stage=2", "model.rounds=1", "3 groups", "layers=3", "one of 1, 3"]),
+    ([*STAGES, S + "model.layers=3", S + "model.vocab_size=264"], ["mesh.stage=2", "model.layers=3", "one of 1, 3"]),
+    ([*STAGES, S + "model.rounds=2", S + "model.layers=2"], ["mesh.stage=2", "rounds=2", "2 groups", "one of 1, 2"]),
+    ([*STAGES, S + "model.rounds=0", S + "model.layers=2"], ["rounds", "0", "at least 1"]),
+    ([*STAGES, S + "model.layers=5", S + "model.pattern=GWW", S + "model.window=4"], ["1 groups", "pattern GWW"]),
+    ([*STAGES, S + "model.layers=2", S + "model.microbatches=3"], ["microbatches is 3", "multiple of mesh.stage=2"]),
+    ([*STAGES, S + "model.layers=2", S + "batch_size=12"], ["batch_size is 12", "multiple of 8", "stage"]),
+    ([*STAGES, S + "model.layers=2", S + "model.microbatches=4"], ["batch_size is 8", "of 16", "microbatches=4"]),
+    ([*STAGES, S + "model.layers=2", S + "accumulate=2"], ["batch_size is 8", "16", "accumulate=2", "stage"]),
     (["--config.mesh.context=8", S + "data.row_length=12"], ["row_length", "12", "context"]),
     (["--config.mesh.data=-1", "--config.mesh.fsdp=-1"], ["-1"]),
     (["--config.stages.tokenizer.kind=bytez"], ["bytez", "bytes"]),

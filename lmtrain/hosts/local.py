@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -68,14 +69,16 @@ def main(argv: Sequence[str]) -> int:
         text = os.environ.get(name, default)
         try:
             settings[name] = float(text) if name == "BACKOFF" else int(text)
+            if not 0 <= settings[name] < float("inf"):
+                raise ValueError
         except ValueError:
-            print(f"launch: {name} is {text!r}, but takes a number.", file=sys.stderr)
+            print(f"launch: {name} is {text!r}, but takes a number, 0 or more.", file=sys.stderr)
             return 2
     devices, restarts = int(settings["DEVICES"]), int(settings["RESTARTS"])
     command = [sys.executable, "-m", "lmtrain.cli", "run", *rest]
     if dry:
         for env in environments(int(count), devices, {}, 8476):
-            print(" ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
+            print(" ".join([*(f"{k}={v}" for k, v in env.items()), shlex.join(command)]))
         return 0
     told: list[int] = []  # signals that this launcher got
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,8 +93,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"launch: all ended with status {status}; not again, after {restarts} restarts", flush=True)
             return status
         print(f"launch: all ended with status {status}; again in {pause:g} s", flush=True)
-        time.sleep(pause)
-        if told:  # meanwhile
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not told:  # a signal does not end a sleep
+            time.sleep(0.1)
+        if told:
             return status
 
 

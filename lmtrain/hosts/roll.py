@@ -27,13 +27,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmtrain.hosts.place import Place
-from lmtrain.types import LmtrainError
+from lmtrain.types import HostGone, LmtrainError
 
 BEAT = 1.0  # seconds between two lines
 SILENCE = 12.0  # seconds without one after which a process counts as lost
 MEET = 300.0  # seconds that processes wait for one another at the start
 GRACE = 2.0  # seconds that a process has to fail by itself once another has
-GONE = 76  # exit status: another process is gone. All begin again from the newest checkpoint
+GONE = HostGone.status
 
 Row = dict[str, Any]
 
@@ -57,8 +57,10 @@ class _Line:
             self.sock.settimeout(SILENCE)
             self.sock.sendall(json.dumps(row).encode() + b"\n")
 
-    def read(self) -> list[Row]:
-        """The lines that are there now, waiting for some; [] where it is closed."""
+    def read(self, wait: float | None = None) -> list[Row]:
+        """The lines that are there now, waiting for some (so many seconds at most); [] where it is closed."""
+        if wait is not None:
+            self.sock.settimeout(wait)
         while True:
             try:
                 data = self.sock.recv(1 << 20)
@@ -126,17 +128,20 @@ class Roll:
                 except TimeoutError:
                     missing = sorted(set(range(1, self.place.processes)) - set(self._lines))
                     raise self._refuse(
+                        HostGone,
                         f"of {self.place.processes} processes these have not come within {meet:g} s: "
-                        f"{', '.join(map(str, missing))}. Their own logs say why, if they started at all."
+                        f"{', '.join(map(str, missing))}. Their own logs say why, if they started at all.",
                     ) from None
                 except (OSError, ValueError, KeyError, IndexError, TypeError):
                     continue  # not one of ours
                 self._lines.setdefault(process, line)
                 if count != self.place.processes:
-                    raise self._refuse(f"{line.name} says there are {count} processes, {self.name} {len(self)}.", line)
+                    raise self._refuse(
+                        LmtrainError, f"{line.name} says there are {count} processes, {self.name} {len(self)}.", line
+                    )
                 if self._lines[process] is not line or not 0 < process < count:
                     other = self._lines[process].name if process else self.name
-                    raise self._refuse(f"{line.name} and {other} both are process {process}.", line)
+                    raise self._refuse(LmtrainError, f"{line.name} and {other} both are process {process}.", line)
         for line in self._lines.values():
             line.send({"name": self.name, "token": self.token})
 
@@ -148,7 +153,7 @@ class Roll:
                 break
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise LmtrainError(
+                    raise HostGone(
                         f"hosts: process 0 does not answer at {host}:{port} within {meet:g} s ({error}). Is it "
                         f"running, and are ports {port - 1} and {port} open between the hosts?"
                     ) from None
@@ -156,18 +161,17 @@ class Roll:
         line = self._lines[0] = _Line(sock)
         line.name = f"process 0 (host {host})"
         line.send({"process": self.place.process, "processes": self.place.processes, "name": self.name})
-        sock.settimeout(meet + 10)
-        row = (line.read() or [{}])[0]
+        row = (line.read(meet + 10) or [{}])[0]
         if "name" not in row:
-            raise LmtrainError(
+            raise (HostGone if row.get("gone", True) else LmtrainError)(
                 f"hosts: {row.get('answer') or f'{line.name} ended before all had come; its log says why.'}"
             )
         line.name, self.token = row["name"], row["token"]
 
-    def _refuse(self, text: str, extra: _Line | None = None) -> LmtrainError:
+    def _refuse(self, kind: type[LmtrainError], text: str, extra: _Line | None = None) -> LmtrainError:
         for line in {*self._lines.values(), *([extra] if extra else [])}:
-            line.send({"answer": text})
-        return LmtrainError(f"hosts: {text}")
+            line.send({"answer": text, "gone": kind is HostGone})
+        return kind(f"hosts: {text}")
 
     def __len__(self) -> int:
         return self.place.processes
@@ -184,26 +188,36 @@ class Roll:
         """
         if self.place.process:
             line = self._lines[0]
-            line.send({"ask": row, "time": time.time()})
-            line.sock.settimeout(MEET)
-            answers = line.read()
-            if not answers:
-                raise LmtrainError(f"hosts: {line.name} ended while the hosts were compared; its log says why.")
-            text = answers[0]["answer"]
+            line.send({"ask": row})
+            while answer := (line.read(MEET) or [{}])[0]:
+                if "answer" in answer:
+                    break
+                line.send({"time": time.time()})
+            else:
+                raise HostGone(f"hosts: {line.name} ended while the hosts were compared; its log says why.")
+            text, gone = answer["answer"], answer["gone"]
         else:
             rows = {0: {**row, "name": self.name, "behind": 0.0}}
             lost = []
             for process, line in self._lines.items():
-                line.sock.settimeout(MEET)
-                if got := line.read():
-                    rows[process] = got[0]["ask"] | {"name": line.name, "behind": time.time() - got[0]["time"]}
+                if (got := line.read(MEET)) and (behind := self._behind(line)) is not None:
+                    rows[process] = got[0]["ask"] | {"name": line.name, "behind": behind}
                 else:
                     lost.append(line.name)
-            text = f"{' and '.join(lost)} ended while the hosts were compared." if lost else judge(rows)
+            gone = bool(lost)
+            text = f"{' and '.join(lost)} ended while the hosts were compared." if gone else judge(rows)
             for line in self._lines.values():
-                line.send({"answer": text})
+                line.send({"answer": text, "gone": gone})
         if text:
-            raise LmtrainError(f"hosts: {text}")
+            raise (HostGone if gone else LmtrainError)(f"hosts: {text}")
+
+    def _behind(self, line: _Line) -> float | None:
+        """How many seconds a host's clock is behind this one's; None: it is gone. Asked for when the host waits for it,
+        so that what it did before, such as looking at a slow folder, does not count."""
+        asked = time.time()
+        line.send({"clock": True})
+        got = line.read(MEET)
+        return (asked + time.time()) / 2 - got[0]["time"] if got else None
 
     # ------------------------------------------------------------------------------------------------- the thread
     def start(self) -> None:
@@ -299,8 +313,7 @@ class Roll:
             self._thread.join(timeout=seconds)  # it reads the same lines
         for line in self._lines.values():
             while not line.closed:
-                line.sock.settimeout(max(0.01, deadline - time.monotonic()))
-                line.read()
+                line.read(max(0.01, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Goodbye: the others may go on without this process."""

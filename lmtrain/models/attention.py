@@ -26,6 +26,7 @@ from lmtrain.mesh import constrain, platform, spec
 from lmtrain.models import balance, lora
 from lmtrain.models.layers import Norm, project, rope
 from lmtrain.models.params import normal, param, zeros
+from lmtrain.models.pipeline import WITHIN
 from lmtrain.types import nearest
 
 BACKENDS = ("reference", "xla", "cudnn", "splash")
@@ -233,6 +234,9 @@ def cudnn_refuses(platform: str, softcap: float, dtype, head_dim: int, mesh: jax
         return f"model.head_dim in multiples of 8 up to 128, got {head_dim}"
     if mesh is not None and mesh.shape["context"] > 1:
         return f"mesh.context=1, got {mesh.shape['context']}"
+    # JAX compiles cuDNN's operations only where a program has one mesh, and a stage's layers see another (pipeline.py).
+    if mesh is not None and (stages := mesh.shape.get("stage", mesh.shape.get(WITHIN, 1))) > 1:
+        return f"mesh.stage=1, got {stages}"
     return ""
 
 

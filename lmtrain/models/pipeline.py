@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmtrain import schema
-from lmtrain.mesh import batch_shards, spec
+from lmtrain.mesh import batch_shards, divisors, spec
 
 #: The stage axis where a stage is looked at from within: there it splits no row, so that no rule may name it.
 WITHIN = "within"
@@ -54,7 +54,7 @@ def check(cfg: schema.Model, groups: int, mesh: Mesh) -> None:
     if stages > 1 and groups % (stages * cfg.rounds):
         raise schema.ConfigError(
             f"mesh.stage={stages} times model.rounds={cfg.rounds} does not divide the {groups} groups of layers "
-            f"(model.layers={cfg.layers}, pattern {cfg.pattern})."
+            f"(model.layers={cfg.layers}, pattern {cfg.pattern}); the product takes one of {divisors(groups)}."
         )
     if stages > 1 and cfg.microbatches % stages:
         raise schema.ConfigError(

@@ -159,11 +159,23 @@ def model(frozen: Frozen, pad: int, size: int = 32) -> Part:
 
 
 def raw_scores(frozen: Frozen, pad: int, conversations: Sequence[Sequence[int]], size: int = 32) -> list[float]:
-    """A reward model's scores: its scalar head at the last token of each conversation, so many of them at a time."""
+    """A reward model's scores: its scalar head at the last token of each conversation, so many of them at a time (or a
+    few more, where the mesh splits rows into parts that do not divide this). Rows are as long as few programs allow, as
+    the mesh divides, and as positions were learned.
+
+    Raises:
+      ConfigError: a conversation is longer than the positions that the reward model learned.
+    """
     out: list[float] = []
+    mesh, last = frozen.forward.mesh, frozen.forward.cfg.max_positions
+    ways, context = (1, 1) if mesh is None else (mesh_lib.batch_shards(mesh), mesh.shape["context"])
+    size, step = -(-size // ways) * ways, 32 * context
     for begin in range(0, len(conversations), size):
         some = conversations[begin : begin + size]
-        T = -(-max(map(len, some)) // 32) * 32
+        longest = max(map(len, some))
+        T = -(-longest // step) * step
+        if last and T > last:
+            T = max(last // context, -(-longest // context)) * context
         read = {"tokens_BT": np.full((size, T), pad, np.int32)}
         read |= {name: np.zeros((size, T), np.int32) for name in ("segments_BT", "positions_BT")}
         for b, ids in enumerate(some):

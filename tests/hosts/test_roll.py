@@ -8,7 +8,7 @@ import pytest
 
 from lmtrain.hosts import local, roll
 from lmtrain.hosts.place import Place
-from lmtrain.types import LmtrainError
+from lmtrain.types import HostGone, LmtrainError
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,28 @@ def test_clocks_are_compared_with_process_0s(monkeypatch):
     assert seen[0] == 0 and seen[1] == pytest.approx(40, abs=1)
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_host_that_comes_late_to_the_comparison_has_no_other_clock(slow):
+    """Its folder may be on a slow file system, and takes a while to look at."""
+    rolls, _ = meet(3)
+    seen = {}
+
+    def ask(i):
+        time.sleep(1.0 * (i == slow))
+        rolls[i].agree({}, lambda rows: seen.update({p: r["behind"] for p, r in rows.items()}) or "")
+
+    assert at_once(ask, 3) == [None] * 3
+    assert all(abs(behind) < 0.3 for behind in seen.values()), seen
+
+
+def test_one_that_ends_while_they_are_compared_is_no_refusal():
+    rolls, _ = meet(3)
+    rolls[1].close()
+    errors = at_once(lambda i: rolls[i].agree({}, lambda rows: "") if i != 1 else None, 3)
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, HostGone) and "process 1 (host n1" in str(error) and error.status == 76
+
+
 def test_a_lost_process_is_named_by_all_the_others():
     rolls, ends = meet(4)
     for r in rolls:
@@ -143,13 +165,13 @@ def test_the_failure_of_one_ends_all_with_its_reason_and_status():
 
 def test_those_who_do_not_come_are_named():
     (found, other), _ = meet(4, here=(0, 2), meet=0.5)
-    assert isinstance(found, LmtrainError) and "have not come within 0.5 s: 1, 3" in str(found)
-    assert isinstance(other, LmtrainError) and "have not come within 0.5 s: 1, 3" in str(other)
+    assert isinstance(found, HostGone) and "have not come within 0.5 s: 1, 3" in str(found)
+    assert isinstance(other, HostGone) and "have not come within 0.5 s: 1, 3" in str(other)
 
 
 def test_a_process_without_a_coordinator_says_where_it_looked():
     (found,), _ = meet(2, here=(1,), meet=0.3)
-    assert isinstance(found, LmtrainError) and "process 0 does not answer at 127.0.0.1:" in str(found)
+    assert isinstance(found, HostGone) and "process 0 does not answer at 127.0.0.1:" in str(found)
 
 
 def test_two_that_claim_one_place_are_refused():

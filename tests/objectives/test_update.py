@@ -34,7 +34,7 @@ QUICK = {
     "group_dro",
 }  # the others are like one of these; `make test-all` runs all
 MODEL = transformer.resolve(
-    schema.Model(layers=1, width=16, heads=4, mlp=32, zero_init=False, scalar_head=True, unroll=1, loss_chunk=16), V
+    schema.Model(layers=2, width=16, heads=4, mlp=32, zero_init=False, scalar_head=True, unroll=1, loss_chunk=16), V
 )
 
 
@@ -75,6 +75,7 @@ def batch():
     return out
 
 
+@functools.cache
 def updated(name, accumulate, **axes):
     """(metrics, parameters) after one step of plain gradient descent."""
     devices = jax.devices() if axes else jax.devices()[:1]
@@ -95,8 +96,16 @@ def updated(name, accumulate, **axes):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in OBJECTIVES])
 def test_microbatches_and_devices_change_nothing(name):
     """One batch on one device; 8 rows in 2 microbatches over 2 x 2 x 2 devices (rows, vocabulary, positions)."""
+    same_update(name, data=2, tensor=2, context=2)
+
+
+def test_a_value_head_beside_the_logits_under_stages():
+    same_update("ppo", stage=2, fsdp=2, tensor=2)
+
+
+def same_update(name, **axes):
     whole, params = updated(name, 1)
-    split, others = updated(name, 2, data=2, tensor=2, context=2)
+    split, others = updated(name, 2, **axes)
     assert whole["loss"] != 0 and whole["grad_norm"] > 1e-4 and whole["weight"] > 3
     assert set(whole) == set(split)
     assert name != "kto" or whole["z"] > 0.1  # else no microbatch's own would show

@@ -1,12 +1,16 @@
 """Rewards: weighted sums of plain functions, and a clear word for one that cannot be."""
 
+import jax
 import numpy as np
 import pytest
 
+from lmtrain import mesh as meshes
+from lmtrain import schema
+from lmtrain.models import transformer
 from lmtrain.rollout import episodes, rewards
 from lmtrain.tasks import chatroom
 from lmtrain.tasks.counterfactual import Counterfactual
-from lmtrain.types import LmtrainError
+from lmtrain.types import Frozen, LmtrainError
 from tests.rollout import toys
 
 
@@ -173,3 +177,17 @@ def test_a_task_whose_score_is_out_of_range_is_named():
 def test_no_reward_at_all_is_refused():
     with pytest.raises(LmtrainError, match="rollout.rewards is empty"):
         make()
+
+
+def test_a_reward_model_of_few_positions_gives_six_devices_the_scores_of_one():
+    """Neither 32 rows at a time nor rows of 64 divide here, and the positions that were learned end at 40."""
+    cfg = transformer.resolve(
+        schema.Model(layers=1, width=16, heads=2, positions="learned", max_positions=40, scalar_head=True), 50
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), transformer.shapes(cfg))
+    mesh = meshes.make(schema.Mesh(data=3, context=2), jax.devices()[:6])
+    chats = [rng.integers(0, 50, n).tolist() for n in (3, 39, 40, 12)]
+    one, six = (rewards.raw_scores(Frozen(params, transformer.Forward(cfg, m)), 0, chats, 4) for m in (None, mesh))
+    assert len(one) == 4 and np.ptp(one) > 0.1
+    np.testing.assert_allclose(six, one, rtol=1e-4)
