@@ -62,7 +62,8 @@ PREPARE = """Makes raw text a corpus that pretraining reads: filters it, drops w
 evaluation sets, tokenises it, and says in FOLDER/manifest.json what was dropped and why. Killed, the same command goes
 on. docs/prepare.md says what each step does.
 
-  lmtrain prepare --input crawl/*.warc.gz books/ --to corpus/ --pii --decontaminate gsm8k --decontaminate exam.jsonl
+  lmtrain prepare --input crawl/*.warc.gz books/ --to corpus/ --pii --decontaminate exam.jsonl \\
+      --decontaminate "gsm8k(path='gsm8k-train.jsonl', heldout_path='gsm8k-test.jsonl')"
   lmtrain prepare --input s3://bucket/*.jsonl.zst --to corpus/ --executor slurm --option partition=cpu \\
       --option time=8:00:00 --workers 500
   lmtrain run --config experiments/pretrain.py:30m --workdir runs/a --config.stages.pretrain.data.source=prepared \\

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch under a real Slurm, where it is installed (Debian: slurm-wlm, munge) and tests run as root: a
 controller and two nodes, all on this machine."""
 
+import json
 import os
 import pathlib
 import random
@@ -195,3 +196,26 @@ def test_told_to_stop_it_saves_and_is_queued_again(cluster, tiny, tmp_path):
         time.sleep(0.2)
     assert job.state() == "PENDING"
     said("scancel", job.id, env=job.env)
+
+
+def test_prepare_queues_again_what_failed_and_what_waits_for_it(cluster, tmp_path):
+    rows = [json.dumps({"text": f"Text number {i}."}) + "\n" for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join([*rows, "{"]))
+    argv = [sys.executable, "-m", "lmtrain.cli", "prepare", "--input", str(tmp_path / "rows.jsonl"), "--to",
+            str(tmp_path / "out"), *"--executor slurm --option partition=all --option time=10 --option mem_per_cpu_gb=0"
+            " --language all --quality none --dedup none --tokenizer bytes".split()]  # fmt: skip
+    env = cluster | {"PYTHONPATH": str(LAUNCH.parent)}
+    assert re.findall(r"(\w+): job \d+, 1 of 1 tasks", said(*argv, env=env)) == ["clean", "tokenise", "manifest"]
+    end = time.time() + 240
+
+    def queue_until(done):
+        while not done(reasons := said("squeue", "-h", "-o", "%r", env=env).split()) and time.time() < end:
+            time.sleep(0.3)
+        return sorted(reasons)
+
+    assert queue_until(lambda r: "DependencyNeverSatisfied" in r) == ["Dependency", "DependencyNeverSatisfied"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    again = said(*argv, env=env)
+    assert f"clean was not completed; its logs are in {tmp_path}/out/logs/clean" in again and "clean: job" in again
+    assert queue_until(lambda r: not r or "DependencyNeverSatisfied" in r) == []
+    assert "read 50 documents" in said(*argv, env=env)

@@ -25,8 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dedup", default="exact,minhash", help="exact, minhash or none (default both)")
     parser.add_argument("--pii", action="store_true", help="replace e-mail and public IP addresses")
     parser.add_argument(
-        "--decontaminate", action="append", default=[], metavar="WHAT", help="a file of evaluation rows or a task "
-        "(\"gsm8k\"), whose rows no document may hold; several with commas between, or given again",
+        "--decontaminate", action="append", default=[], metavar="WHAT", help="a file of evaluation rows, or a task "
+        "(\"gsm8k(path='gsm8k-train.jsonl', heldout_path='gsm8k-test.jsonl')\": its held-out rows), that no document "
+        "may hold; several with commas between, or given again",
     )  # fmt: skip
     parser.add_argument("--ngram", type=int, default=13, help="words of a row that make a hit (default 13)")
     parser.add_argument("--synthetic", default="", metavar="RUN", help="a run that writes documents of its own to add")

@@ -31,8 +31,9 @@ from lmtrain.prepare.settings import Settings
 from lmtrain.prepare.stages import Stage
 from lmtrain.types import LmtrainError, nearest
 
-# Arguments of an executor that are settled here.
-_OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed", "depends_job_id")
+# Arguments of an executor that are settled here. A stage behind one that failed would take half of it for all of it.
+_OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed", "depends_job_id",
+         "run_on_dependency_fail")  # fmt: skip
 
 
 class Local(LocalPipelineExecutor):
@@ -76,6 +77,27 @@ class Local(LocalPipelineExecutor):
             super()._run_for_rank(rank, local_rank, node_rank)
 
 
+class Slurm(SlurmPipelineExecutor):
+    """datatrove's, behind all arrays of the stage before: several, where it has more tasks than an array takes.
+
+    datatrove's own waits for the last of them alone, and goes on where one before that failed.
+    """
+
+    ids: tuple[str, ...] = ()
+
+    @property
+    def job_id(self) -> str | None:
+        """All of them, as Slurm writes jobs that another waits for."""
+        return ":".join(self.ids) or None
+
+    @job_id.setter
+    def job_id(self, new: str | None) -> None:
+        self.ids += (new,) if new else ()
+
+    def launch_merge_stats(self) -> None:
+        """None: a job for each stage that adds up what the manifest adds up."""
+
+
 def run(s: Settings, stages: Sequence[Stage], progress: bool = True) -> bool:
     """Runs what is not completed yet. Returns whether all is: under Slurm the jobs have only been queued.
 
@@ -83,13 +105,15 @@ def run(s: Settings, stages: Sequence[Stage], progress: bool = True) -> bool:
       LmtrainError: what a task raised, or options that the executor does not take.
     """
     logger.remove()  # datatrove's words go to its log files
+    logs = pathlib.Path(s.to, "logs")
+    waiting = at_work(logs)
     if s.executor == "slurm":
-        return _submit(s, stages)
+        return _submit(s, stages, waiting)
+    if waiting:
+        raise LmtrainError(f"--executor {s.executor}: job {', '.join(waiting)} of this folder is still queued or"
+                           " running in Slurm. Wait for it, or scancel it")  # fmt: skip
     if s.executor == "ray":
         _start_ray()
-    logs = pathlib.Path(s.to, "logs")
-    with _held(logs / "tasks.lock", fcntl.LOCK_EX):
-        pass  # tasks of a run that was killed have ended
     for number, stage in enumerate(stages, 1):
         executor = _executor(s, stage)
         label = f"{stage.name} ({number} of {len(stages)})"
@@ -106,7 +130,7 @@ def _executor(s: Settings, stage: Stage) -> Any:
     workers = min(s.workers, stage.tasks)
     if s.executor == "local":
         return Local(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs)
-    kind = SlurmPipelineExecutor if s.executor == "slurm" else RayPipelineExecutor
+    kind = Slurm if s.executor == "slurm" else RayPipelineExecutor
     known = [name for name in inspect.signature(kind.__init__).parameters if name not in _OURS]
     options = {}
     for option in s.options:
@@ -134,23 +158,26 @@ def _literal(value: str) -> Any:
         return value
 
 
-def _submit(s: Settings, stages: Sequence[Stage]) -> bool:
+def _submit(s: Settings, stages: Sequence[Stage], waiting: Sequence[str]) -> bool:
     """Queues a job array for each stage that is not completed, each behind the one before; none while some are queued.
 
     Returns whether all is completed.
     """
-    note = pathlib.Path(s.to, "logs", "jobs.json")
-    jobs: dict[str, str] = json.loads(note.read_text()) if note.exists() else {}
     executors = [_executor(s, stage) for stage in stages]
     left = [len(executor.get_incomplete_ranks()) for executor in executors]
-    if jobs and (waiting := _queued(list(jobs.values()))):
+    if waiting:
         rows = [
             f"{stage.name}: {stage.tasks - n} of {stage.tasks} tasks done"
             for stage, n in zip(stages, left, strict=True)
         ]
         log.say("\n  ".join([f"still queued or running: job {', '.join(waiting)}", *rows]))
         return False
-    jobs, before = {}, None
+    note = _note(pathlib.Path(s.to, "logs"))
+    failed = next((stage.name for stage, n in zip(stages, left, strict=True) if n), "") if note.exists() else ""
+    if failed:
+        log.say(f"{failed} was not completed; its logs are in {note.parent / failed}. Queued again:")
+    ids: list[str] = []
+    before = None
     for stage, executor, n in zip(stages, executors, left, strict=True):
         if n:
             executor.depends = before
@@ -158,21 +185,57 @@ def _submit(s: Settings, stages: Sequence[Stage]) -> bool:
                 executor.run()
             except (OSError, subprocess.CalledProcessError) as error:
                 raise LmtrainError(f"--executor slurm: sbatch refuses {stage.name}: {error}") from None
-            jobs[stage.name] = executor.job_id
-            note.write_text(json.dumps(jobs))
-            log.say(f"{stage.name}: job {executor.job_id}, {n} of {stage.tasks} tasks")
+            finally:
+                ids += executor.ids
+                note.write_text(json.dumps(ids))
+            log.say(f"{stage.name}: job {', '.join(executor.ids)}, {n} of {stage.tasks} tasks")
             before = executor
-    return not jobs
+    return not ids
 
 
-def _queued(jobs: list[str]) -> list[str]:
-    """Those of the jobs that Slurm has not ended."""
-    asked = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}"]
+def at_work(logs: pathlib.Path) -> list[str]:
+    """Slurm's jobs of a folder that are queued or running. Waits for tasks of a killed command that still end.
+
+    Those that wait for one that failed, for which Slurm would keep them for ever, are taken out of its queue.
+    """
+    with _held(logs / "tasks.lock", fcntl.LOCK_EX):
+        pass
+    if not _note(logs).exists():
+        return []
+    ids = json.loads(_note(logs).read_text())
+    queue = _queue(logs, ids)
+    never = [job for job in ids if "DependencyNeverSatisfied" in queue.get(job, ())]
+    if never:  # behind it are others, that wait for it
+        stuck = [job for job in ids[ids.index(never[0]) :] if job in queue]
+        _asked(logs, ["scancel", *stuck])
+        return [job for job in ids if job in queue and job not in stuck]
+    return [job for job in ids if job in queue]
+
+
+def _note(logs: pathlib.Path) -> pathlib.Path:
+    """The jobs that were queued last, in their order."""
+    return logs / "jobs.json"
+
+
+def _queue(logs: pathlib.Path, ids: Sequence[str]) -> dict[str, set[str]]:
+    """Those of the jobs that Slurm has not ended, and for which reasons they, or their tasks, wait."""
+    out: dict[str, set[str]] = {}
+    # %F is an array's own number, %A one of each of its tasks
+    for line in _asked(logs, ["squeue", "--noheader", "--format=%F %r", f"--jobs={','.join(ids)}"]).splitlines():
+        job, _, reason = line.strip().partition(" ")
+        out.setdefault(job, set()).add(reason.strip())
+    return out
+
+
+def _asked(logs: pathlib.Path, command: Sequence[str]) -> str:
     try:
-        found = subprocess.run(asked, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise LmtrainError(f"--executor slurm: squeue cannot be asked: {error}") from None
-    return sorted(set(found.stdout.split()))  # of jobs long gone it knows nothing, and says so by its status
+        raise LmtrainError(f"{command[0]} cannot be asked about this folder's jobs in Slurm: {error}. Where they have"
+                           f" ended, delete {_note(logs)}") from None  # fmt: skip
+    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of jobs that have ended long ago
+        raise LmtrainError(f"{command[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout
 
 
 def _activate() -> str | None:

@@ -7,10 +7,11 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lmtrain import log
@@ -41,6 +42,7 @@ def prepare(s: Settings, progress: bool = True) -> pathlib.Path | None:
     if s.language != "all":
         blocks.check_language(s.language, s.language_model)
     blocks.words(s.language)
+    _apart(folder, s.input)
     found = read.find(list(s.input))
     given = None if s.tokenizer == "bpe" else _tokenizer(s.tokenizer)
     rows, short = evaluation.rows(list(s.decontaminate))
@@ -49,6 +51,7 @@ def prepare(s: Settings, progress: bool = True) -> pathlib.Path | None:
     with _owned(folder):
         _same(folder / "settings.json", s.decisive(), "other settings")
         if s.synthetic:
+            _same(folder / "synthetic" / "settings.json", s.writing(), "other settings")
             found += [(str(file), file.stat().st_size) for file in [synthetic.write(s, folder, progress)]]
         _same(folder / "inputs.jsonl", [{"path": path, "bytes": size} for path, size in found], "other files")
         if (folder / "manifest.json").exists():
@@ -95,8 +98,22 @@ def _tokenizer(name: str) -> tokenizer_lib.Tokenizer:
         ) from None
 
 
+def _apart(folder: pathlib.Path, inputs: Iterable[str]) -> None:
+    """Raises LmtrainError where what the folder holds would be among the inputs of the next command."""
+    for pattern in inputs:
+        if "://" in pattern:
+            continue
+        path = pathlib.Path(os.path.abspath(pathlib.Path(pattern).expanduser()))
+        above, deep, _ = str(path).partition("**")
+        inside = (deep or path.is_dir()) and folder.resolve().is_relative_to(pathlib.Path(above).resolve())
+        if inside or any(pathlib.Path(os.path.abspath(folder / name)).match(str(path)) for name in KEPT):
+            raise LmtrainError(f"--to {folder}: stands in --input {pattern}, of which it would be a part the next time."
+                               " Take a folder outside of it")  # fmt: skip
+
+
 def _same(file: pathlib.Path, value: Any, what: str) -> None:
     """Writes what decides the result; refuses to go on with what was begun with another."""
+    file.parent.mkdir(exist_ok=True)
     lines = isinstance(value, list)
     text = "".join(json.dumps(item) + "\n" for item in value) if lines else json.dumps(value, indent=1) + "\n"
     if not file.exists():
@@ -109,12 +126,15 @@ def _same(file: pathlib.Path, value: Any, what: str) -> None:
                 f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key]
             )
         raise LmtrainError(f"{file}: was begun with {what}{f' ({changed})' if changed else ''}. Take another --to, or"
-                           " delete the folder")  # fmt: skip
+                           f" delete {file.parent}")  # fmt: skip
 
 
 @contextlib.contextmanager
 def _owned(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder's lock, and leaves nothing behind of a folder in which nothing was begun."""
+    """Holds the folder's lock. Where no task was completed and none is at work, what a model wrote and logs alone stay.
+
+    So what was refused may be given again with other settings and files.
+    """
     if folder.exists() and any(p.name not in (*KEPT, ".lock") for p in folder.iterdir()):
         names = sorted(p.name for p in folder.iterdir() if p.name not in KEPT)
         raise LmtrainError(f"--to {folder}: holds {', '.join(names[:3])}, which are not of `lmtrain prepare`")
@@ -126,6 +146,12 @@ def _owned(folder: pathlib.Path) -> Iterator[None]:
             raise LmtrainError(
                 f"--to {folder}: another process is preparing there. Wait for it, or take another"
             ) from None
+        logs = folder / "logs"
+        done = (folder / "manifest.json").exists() or any(logs.glob("*/completions/*"))
+        if not done and not (logs.exists() and launch.at_work(logs)):
+            begun = [folder / name for name in KEPT if name not in ("synthetic", "logs")]
+            for path in [*begun, *logs.glob("*/stats")]:  # their stats would be added to those of other tasks
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         yield
 
 

@@ -10,6 +10,8 @@ QUALITY = ("gopher", "c4", "fineweb")
 DEDUP = ("exact", "minhash")
 EXECUTORS = ("local", "slurm", "ray")
 MALFORMED = ("refuse", "skip")
+# What decides the documents that a model writes.
+WRITING = ("synthetic", "prompts", "count", "tokens", "temperature")
 # What may change between two calls that go on with one another.
 FREE = ("to", "workers", "executor", "options")
 
@@ -59,6 +61,8 @@ class Settings:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        from lmtrain.data.tokenizer import LARGEST, SMALLEST  # for the command alone, not for each start of lmtrain
+
         for option, given, known in (
             ("quality", self.quality, QUALITY), ("dedup", self.dedup, DEDUP), ("executor", (self.executor,), EXECUTORS),
             ("malformed", (self.malformed,), MALFORMED),
@@ -76,6 +80,14 @@ class Settings:
                 raise LmtrainError(f"--{option.replace('_', '-')}: got {getattr(self, option)}, takes {least} or more")
         if not 0 < self.heldout_fraction < 1:
             raise LmtrainError(f"--heldout-fraction: got {self.heldout_fraction}, takes a share between 0 and 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise LmtrainError(f"--temperature: got {self.temperature}, takes 0 (the likeliest token) or more")
+        if self.tokenizer == "bpe" and not SMALLEST <= self.vocab_size <= LARGEST:
+            raise LmtrainError(f"--vocab-size: got {self.vocab_size}, takes {SMALLEST} (the 256 bytes and the special"
+                               f" tokens) to {LARGEST:,}")  # fmt: skip
+        for option in ("field", "tokenizer", "language"):
+            if not getattr(self, option):
+                raise LmtrainError(f"--{option}: is empty")
         if not self.input and not self.synthetic:
             raise LmtrainError("--input: takes files, folders or globs; without any, --synthetic takes a run")
         if len({bool(self.synthetic), bool(self.prompts), self.count > 0}) > 1:
@@ -86,3 +98,7 @@ class Settings:
     def decisive(self) -> dict[str, object]:
         """What decides the result."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in FREE}
+
+    def writing(self) -> dict[str, object]:
+        """What decides the documents that a model writes."""
+        return {key: getattr(self, key) for key in WRITING}

@@ -29,7 +29,7 @@ _TALLY = ("documents", "bytes")
 class Learn(PipelineStep):
     """One task: trains a BPE on what the pipeline `steps` keeps, an equal share of `size` bytes from each of its tasks.
 
-    Held-out documents are left out.
+    Held-out documents are left out. Where no document is kept, there is none: the manifest says who dropped them.
     """
 
     type = "🔤 - TOKENIZER"
@@ -39,10 +39,16 @@ class Learn(PipelineStep):
         super().__init__()
         self.steps, self.tasks, self.vocab_size, self.size = steps, tasks, vocab_size, size
         self.heldout, self.folder = heldout, folder
+        self.held_out = 0
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Contract of datatrove's blocks."""
-        tokenizer_lib.train(self._texts(), self.vocab_size).save(self.folder)
+        """Contract of datatrove's blocks. Raises LmtrainError where all that is kept is held out."""
+        texts = self._texts()
+        if first := list(itertools.islice(texts, 1)):
+            tokenizer_lib.train(itertools.chain(first, texts), self.vocab_size).save(self.folder)
+        elif self.held_out:
+            raise LmtrainError(f"--tokenizer bpe: no text to learn from: all {self.held_out:,} documents that are kept"
+                               f" are held out (--heldout-fraction {self.heldout})")  # fmt: skip
 
     def _texts(self) -> Iterator[str]:
         for task in range(self.tasks):
@@ -52,9 +58,11 @@ class Learn(PipelineStep):
             left = self.size // self.tasks
             for document in documents:
                 text = document.text.encode()
-                if not held_out(text, self.heldout):
-                    yield document.text
-                    left -= len(text)
+                if held_out(text, self.heldout):
+                    self.held_out += 1
+                    continue
+                yield document.text
+                left -= len(text)
                 if left <= 0:
                     break
 
@@ -71,6 +79,9 @@ class Tokenise(PipelineStep):
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         """Contract of datatrove's blocks. Run again, it writes the same files."""
+        if (first := next(data, None)) is None:  # of no document at all, none of them has a tokenizer
+            return
+        data = itertools.chain([first], data)
         tokenizer = tokenizer_lib.load(pathlib.Path(self.folder, "tokenizer"))
         dtype = store.token_type(tokenizer.vocab_size)
         begin = np.array([tokenizer.end], dtype)
@@ -151,8 +162,8 @@ class Manifest(PipelineStep):
                                f" {sums['documents'] + sums['heldout_documents']:,}. Delete the folder and prepare it"
                                " again")  # fmt: skip
         if not left:
-            lost = ", ".join(f"{step['name']} {step['dropped']:,}" for step in steps[1:])
-            raise LmtrainError(f"{folder}: no document is left of {read['documents']:,}. Dropped by {lost or 'none'}")
+            raise LmtrainError(f"{folder}: no document is left of {read['documents']:,}. Dropped by {_lost(steps)}."
+                               f" For other settings take another --to, or delete {folder}")  # fmt: skip
         sums["duplicates"] = sum(step.get("dropped", 0) for step in steps if step["name"] in ("exact", "minhash"))
         tokenizer = tokenizer_lib.load(folder / "tokenizer")
         manifest = {
@@ -172,6 +183,17 @@ class Manifest(PipelineStep):
             manifest["decontamination"]["found"] = len(found)
         store.write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lost(steps: list[dict[str, Any]]) -> str:
+    """Who dropped how many, and why."""
+    out = []
+    for step in steps:
+        why = {reason: found["documents"] for reason, found in step["reasons"].items()}
+        if why:
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in list(why.items())[:4])
+            out.append(f"{step['name']} {sum(why.values()):,} ({reasons})")
+    return "; ".join(out) or "none"
 
 
 def stats(folder: pathlib.Path, stage: str, step: str, prefix: str = "") -> dict[str, int]:

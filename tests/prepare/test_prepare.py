@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -249,6 +248,11 @@ def test_a_file_that_cannot_be_read_is_named(name, tmp_path):
         ({"decontaminate": ("rows.jsonl",)}, "--decontaminate: no such file"),
         ({"tokenizer": "nowhere"}, "--tokenizer nowhere: takes bpe, bytes, a tokenizer.json"),
         ({"workers": 0}, "--workers: got 0, takes 1 or more"),
+        ({"vocab_size": 10}, r"--vocab-size: got 10, takes 264 \(the 256 bytes .*\) to 10,000,000"),
+        ({"vocab_size": 10_000_001}, "--vocab-size: got 10000001, takes 264"),
+        ({"temperature": -1.0}, "--temperature: got -1.0, takes 0"),
+        ({"temperature": float("nan")}, "--temperature: got nan, takes 0"),
+        ({"tokenizer": ""}, "--tokenizer: is empty"),
         ({"synthetic": "runs/a"}, "--synthetic RUN, --prompts FILE and --count N go together"),
         ({"executor": "slurm"}, "--executor slurm takes --option time="),
         ({"executor": "slurm", "options": ("partitoin=cpu",)}, r"--option partitoin=cpu: .*Did you mean partition\?"),
@@ -305,8 +309,20 @@ def test_addresses_are_read_where_they_are(tmp_path):
 
 def test_no_document_left_is_said_with_who_dropped_them(tmp_path):
     jsonl(tmp_path / "in/a.jsonl", [{"text": "Too short to be of any use to anybody."}])
-    with pytest.raises(LmtrainError, match="no document is left of 1. Dropped by language 0, gopher-repetition 1, "):
-        run.prepare(settings(tmp_path, tokenizer="bytes"), progress=False)
+    with pytest.raises(LmtrainError, match="no document is left of 1. Dropped by gopher-repetition 1 \\("):
+        run.prepare(settings(tmp_path), progress=False)
+    jsonl(tmp_path / "in2/a.jsonl", [{"text": GOOD[0]}, {"text": ""}])
+    jsonl(tmp_path / "rows.jsonl", [{"q": GOOD[0]}])
+    s = settings(
+        tmp_path, input=(str(tmp_path / "in2"),), to=str(tmp_path / "2"), decontaminate=(str(tmp_path / "rows.jsonl"),)
+    )
+    with pytest.raises(
+        LmtrainError, match=r"left of 1. Dropped by read 1 \(empty 1\); decontaminate 1 \(rows.jsonl 1\)\."
+    ):
+        run.prepare(s, progress=False)
+    s = settings(tmp_path, input=(str(tmp_path / "in2"),), to=str(tmp_path / "3"), heldout_fraction=1 - 1e-9)
+    with pytest.raises(LmtrainError, match="all 1 documents that are kept are held out"):
+        run.prepare(s, progress=False)
 
 
 def test_a_short_question_is_found_whole_and_a_very_short_one_is_not_looked_for(tmp_path):
@@ -331,33 +347,6 @@ def test_the_result_does_not_depend_on_how_files_are_shared_out(tmp_path):
         launch.run(s, stages.plan(s, parts, {"heldout_fraction": 0.05}), progress=False)
         texts.append(sorted(document.text for document in sources.read(Data("prepared", str(tmp_path / name)))))
     assert texts[0] == texts[1] == sorted(text.encode() for text in GOOD)
-
-
-def test_slurm_gets_one_job_array_a_stage_each_behind_the_one_before(tmp_path, monkeypatch, capsys):
-    jsonl(tmp_path / "in/a.jsonl", [{"text": text} for text in GOOD])
-    fake = tmp_path / "bin/sbatch"
-    jsonl(fake, [])
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job $(wc -l < {tmp_path}/calls)\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    options = ("partition=cpu", "time=1:00:00")
-    s = settings(tmp_path, executor="slurm", options=options, tokenizer="bytes", workers=7)
-    assert run.prepare(s, progress=False) is None
-    said = capsys.readouterr().out
-    jobs = [line.split()[-5].strip(",") for line in said.splitlines() if ": job " in line]
-    assert len(jobs) == len(stages.plan(s, 1, {}))
-    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "RUN_OFFSET" in line]
-    assert [f"afterok:{job}" in call for job, call in zip(jobs[:-1], calls[1:], strict=True)] == [True] * (
-        len(jobs) - 1
-    )
-    queue = fake.with_name("squeue")
-    queue.write_text(f"#!/bin/sh\necho {jobs[1]}\n")
-    queue.chmod(0o755)
-    assert run.prepare(s, progress=False) is None
-    assert f"still queued or running: job {jobs[1]}" in capsys.readouterr().out
-    assert len((tmp_path / "calls").read_text().splitlines()) == 2 * len(jobs)
-    script = (tmp_path / "out/logs/clean/launch_script.slurm").read_text()
-    assert "--partition=cpu" in script and "launch_pickled_pipeline" in script and "--qos" not in script
 
 
 def test_a_model_writes_documents_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
