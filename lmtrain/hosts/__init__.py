@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from lmtrain import log, schema
 from lmtrain.hosts import agree, watchdog
 from lmtrain.hosts.place import Place, find
-from lmtrain.hosts.roll import GONE, SILENCE, Roll, end_process
+from lmtrain.hosts.roll import GONE, GRACE, SILENCE, Roll, end_process
 from lmtrain.types import LmtrainError, Stopped
 
 HEARTBEAT = 30  # seconds of JAX's own service: longer than the roll's SILENCE, which names the host
@@ -66,7 +66,7 @@ class Crew:
 
     def _hung(self, text: str, code: int) -> None:
         if self.roll is not None:
-            self.roll.fail(text, code)
+            self.roll.fail(text, code, patience=1.5 * GRACE)  # one of them is perhaps the one that hangs
         end_process(text, code)
 
     def slow_host(self) -> dict[str, Any]:

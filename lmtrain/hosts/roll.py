@@ -298,13 +298,14 @@ class Roll:
         self._end(text, code)
 
     # ------------------------------------------------------------------------------------------------------- leaving
-    def fail(self, text: str, code: int) -> None:
-        """Tells the others that this process ends with an error, and that they should, with this exit status."""
+    def fail(self, text: str, code: int, patience: float | None = None) -> None:
+        """Tells the others that this process ends with an error, and that they should, with this exit status. Process 0
+        waits for them so many seconds (default: 3 GRACE)."""
         self._leaving = True
         for line in self._lines.values():
             line.send({"failed": f"{self.name} failed: {text}", "code": code})
         if self.place.process == 0:
-            self._outlast(3 * GRACE)
+            self._outlast(3 * GRACE if patience is None else patience)
 
     def _outlast(self, seconds: float) -> None:
         """Waits until the others have ended: JAX aborts them, with stacks of its own, once process 0 is gone."""
