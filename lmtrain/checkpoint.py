@@ -21,7 +21,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -34,7 +33,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lmtrain import log
+from lmtrain import log, stored
 from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
 from lmtrain.nearby import Nearby
 from lmtrain.types import LmtrainError, Params, StorageError, TrainState
@@ -70,7 +69,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best.removeprefix("-")
         self._sign = -1.0 if best.startswith("-") else 1.0
-        self._checkpointer = _checkpointer(asynchronous=True)
+        self._checkpointer = stored.checkpointer(asynchronous=True)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._newest: int | None = None
@@ -112,9 +111,9 @@ class Checkpoints:
     def save_nearby(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Copies the state off the devices and returns; each host writes its part to its own disk."""
         if self._nearby is not None:
-            params, rest = _items(state)
+            params, rest = stored.items(state)
             whole = {"meta": meta, "key_impl": str(jax.random.key_impl(state.key))}
-            self._nearby.save(step, dict(_named(params, rest)), whole)
+            self._nearby.save(step, dict(stored.named(params, rest)), whole)
 
     def again(self) -> bool:
         """True when it is time to save in place of a save that failed."""
@@ -142,8 +141,8 @@ class Checkpoints:
     def _begin(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step == self._newest:
             return
-        params, rest = _items(state)
-        manifest = {"step": step, "metrics": metrics or {}, "meta": meta, "arrays": _describe(params, rest)}
+        params, rest = stored.items(state)
+        manifest = {"step": step, "metrics": metrics or {}, "meta": meta, "arrays": stored.describe(params, rest)}
         manifest["key_impl"] = str(jax.random.key_impl(state.key))
         manifest = json.loads(json.dumps(manifest))  # as it is now; what JSON cannot hold is found out here
         path = self.folder / str(step)
@@ -151,7 +150,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _clean(self.folder)
-            self._checkpointer.save(path, args=_args("StandardSave", params=params, rest=rest))
+            self._checkpointer.save(path, args=stored.args("StandardSave", params=params, rest=rest))
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = step, self._worker.submit(self._finish, path, manifest)
@@ -238,24 +237,24 @@ class Checkpoints:
                 "Remove them to begin again from step 0, or start another --workdir."
             )
         if self._nearby is not None:
-            params, rest = _items(abstract)
-            near = self._nearby.newest(dict(_named(params, rest)))
+            params, rest = stored.items(abstract)
+            near = self._nearby.newest(dict(stored.named(params, rest)))
             self._nearby.forget(above=max(near, step))
             if near > step:
-                arrays, whole = self._nearby.restore(near, dict(_named(params, rest)))
+                arrays, whole = self._nearby.restore(near, dict(stored.named(params, rest)))
                 log.say(f"{self.folder}: the hosts' own disks have step {near}, which is newer.")
-                ours = [arrays[f"params/{name}"] for name, _ in _flat(params)]
+                ours = [arrays[f"params/{name}"] for name, _ in stored.flat(params)]
                 restored = jax.tree.unflatten(jax.tree.structure(params), ours)
-                state = _state(abstract, restored, {name: arrays[name] for name in rest}, whole["key_impl"])
+                state = stored.state(abstract, restored, {name: arrays[name] for name in rest}, whole["key_impl"])
                 return state, whole["meta"], near
         if step == -1:
             return None
         path, manifest = self.folder / str(step), read_manifest(self.folder, step)
-        params, rest = _items(abstract)
-        _check_same(path, manifest["arrays"], _describe(params, rest))
-        restored = self._checkpointer.restore(path, args=_args("StandardRestore", params=params, rest=rest))
+        params, rest = stored.items(abstract)
+        stored.check_same(path, manifest["arrays"], stored.describe(params, rest))
+        restored = self._checkpointer.restore(path, args=stored.args("StandardRestore", params=params, rest=rest))
         self._newest = step
-        state = _state(abstract, restored["params"], restored["rest"], manifest["key_impl"])
+        state = stored.state(abstract, restored["params"], restored["rest"], manifest["key_impl"])
         return state, manifest["meta"], step
 
     def _newest_sound(self) -> int:
@@ -301,7 +300,7 @@ def load_params(folder: Folder, step: int | None = None, shardings: Any = None) 
     path = pathlib.Path(folder).absolute() / str(step)
     saved = read_manifest(folder, step)["arrays"]
     arrays = {name.removeprefix("params/"): a for name, a in saved.items() if name.startswith("params/")}
-    where = dict(_flat(shardings)) if shardings is not None else {}
+    where = dict(stored.flat(shardings)) if shardings is not None else {}
     if where and where.keys() != arrays.keys():
         differs = ", ".join(sorted(where.keys() ^ arrays.keys())[:4])
         raise LmtrainError(f"{path}: its parameters are not those of the model; in one of them only: {differs}.")
@@ -311,14 +310,14 @@ def load_params(folder: Folder, step: int | None = None, shardings: Any = None) 
         inner = functools.reduce(lambda tree, parent: tree.setdefault(parent, {}), parents, wanted)
         nothing = np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory; tells Orbax to give back NumPy
         inner[last] = jax.ShapeDtypeStruct(shape, dtype, sharding=where[name]) if where else nothing
-    with _checkpointer(asynchronous=False) as checkpointer:
-        return checkpointer.restore(path, args=_args("StandardRestore", params=wanted))["params"]
+    with stored.checkpointer(asynchronous=False) as checkpointer:
+        return checkpointer.restore(path, args=stored.args("StandardRestore", params=wanted))["params"]
 
 
 def params_sha256(params: Params) -> str:
     """sha256 over the parameters: path, dtype, shape and bytes of each, in the order of the paths; same on any mesh."""
     digest = hashlib.sha256()
-    for name, x in sorted(_flat(params)):
+    for name, x in sorted(stored.flat(params)):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             x = multihost_utils.process_allgather(x, tiled=True)
         x = np.ascontiguousarray(x)
@@ -336,83 +335,3 @@ def _clean(folder: pathlib.Path) -> list[pathlib.Path]:
             shutil.rmtree(path, ignore_errors=True)
             left.append(path)
     return left
-
-
-# ----------------------------------------------------------------------------------------- state <-> what Orbax stores
-def _items(state: TrainState) -> tuple[Params, dict[str, Any]]:
-    """(params, rest): the parameters' nested dict, and all else by its path, with the random key as plain numbers.
-
-    Stored so, a checkpoint can be read without the optimizer that made it.
-    """
-    key: Any = state.key
-    if isinstance(key, jax.ShapeDtypeStruct):
-        data = jax.eval_shape(jax.random.key_data, key)
-        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
-    else:
-        key = jax.random.key_data(key)
-    return state.params, {"step": state.step, "key": key} | {f"opt/{k}": v for k, v in _flat(state.opt_state)}
-
-
-def _state(abstract: TrainState, params: Params, rest: dict[str, Any], key_impl: str) -> TrainState:
-    """The inverse of _items."""
-    key = jax.random.wrap_key_data(rest["key"], impl=key_impl)
-    leaves = [rest[f"opt/{name}"] for name, _ in _flat(abstract.opt_state)]
-    opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
-    return TrainState(step=rest["step"], params=params, opt_state=opt_state, key=key)
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
-    """{"params/blocks/q": ["float32", [4, 128, 4, 32]], ...}"""
-    return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in _named(params, rest)}
-
-
-def _named(params: Params, rest: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"params/{name}", x) for name, x in _flat(params)] + list(rest.items())
-
-
-def _check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
-    """Raises LmtrainError naming the first arrays that differ, parameters before the optimizer's."""
-    differ = [n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n)]
-    if not differ:
-        return
-    differ.sort(key=lambda n: (not n.startswith("params/"), n))
-
-    def says(array: list[Any] | None) -> str:
-        return f"{array[0]} {tuple(array[1])}" if array else "nothing"
-
-    shown = [f"{n} is {says(saved.get(n))} there, {says(wanted.get(n))} by the configuration" for n in differ[:3]]
-    more = f", and {len(differ) - 3} others" if len(differ) > 3 else ""
-    what = "model" if differ[0].startswith("params/") else "optim"
-    fix = f"Start another --workdir, or set {what} as in the config.json beside it."
-    raise LmtrainError(f"{path}: {'; '.join(shown)}{more}. {fix}")
-
-
-# -------------------------------------------------------------------------------------------------------------- Orbax
-def _checkpointer(asynchronous: bool) -> Any:
-    import orbax.checkpoint as ocp
-
-    # Orbax logs the traceback of every failed save; the error itself reaches the caller as one message.
-    logging.getLogger("absl").addFilter(_not_from_orbax)
-    logging.getLogger("asyncio").addFilter(_retrieved)
-    return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(ocp.CompositeCheckpointHandler())
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _retrieved(record: logging.LogRecord) -> bool:
-    # One array that fails to be written fails its neighbours, and asyncio would print a traceback for each.
-    return "exception was never retrieved" not in record.getMessage()
-
-
-def _args(kind: str, **trees: Any) -> Any:
-    """What Orbax saves ("StandardSave") or restores ("StandardRestore"): each tree in a folder of its name."""
-    import orbax.checkpoint as ocp
-
-    return ocp.args.Composite(**{name: getattr(ocp.args, kind)(tree) for name, tree in trees.items()})

@@ -8,7 +8,7 @@ import sys
 import traceback
 import typing
 
-from lmtrain import __version__, helps, storage
+from lmtrain import __version__, bench_arguments, helps, storage
 from lmtrain.prepare import arguments
 from lmtrain.types import LmtrainError, StorageError
 
@@ -224,47 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", default="", metavar="FILE", help="write the report here too, for programs")
     check.set_defaults(command=_check, takes_overrides=False)
 
-    bench = commands.add_parser("bench", help="measure speed against a ceiling taken in the same run")
-    kinds = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    training = kinds.add_parser("train", help="tokens/s, FLOP/s and memory of a training step")
-    training.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
-    training.add_argument("--rows", type=int, default=0, help="rows of a batch (default: the preset's)")
-    training.add_argument("--row-length", type=int, default=0, help="positions of a row (default: the preset's)")
-    training.add_argument("--accumulate", type=int, default=0, help="microbatches of a step (default: the preset's)")
-    training.add_argument("--steps", type=int, default=6, help="timed steps, after two that are not (default 6)")
-    training.add_argument("--attention", default="auto", help="auto, reference, xla, cudnn or splash")
-    training.add_argument("--remat", default="", help="none, dots or full (default: the preset's)")
-    training.add_argument("--optim", default="adamw", help="optimizer (default adamw)")
-    training.add_argument("--no-cache", action="store_true", help="compile anew")
-    training.set_defaults(command=_bench_train, takes_overrides=False)
-
-    tuning = kinds.add_parser("sft", help="tokens/s of supervised fine-tuning on packed conversations")
-    tuning.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
-    tuning.add_argument("--rows", type=int, default=16, help="rows of a batch (default 16)")
-    tuning.add_argument("--row-length", type=int, default=256, help="positions of a row (default 256)")
-    tuning.add_argument("--accumulate", type=int, default=8, help="microbatches of a step (default 8)")
-    tuning.add_argument("--steps", type=int, default=8, help="timed steps, after two that are not (default 8)")
-    tuning.set_defaults(command=_bench_sft, takes_overrides=False)
-
-    policy = kinds.add_parser("rl", help="seconds of a GRPO step: generation, rewards, update")
-    policy.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
-    policy.add_argument("--prompts", type=int, default=4, help="prompts of a rollout (default 4)")
-    policy.add_argument("--group", type=int, default=8, help="replies to each (default 8)")
-    policy.add_argument("--new", type=int, default=64, help="tokens of a reply (default 64)")
-    policy.add_argument("--accumulate", type=int, default=4, help="microbatches of an update (default 4)")
-    policy.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not (default 5)")
-    policy.set_defaults(command=_bench_rl, takes_overrides=False)
-    writing = kinds.add_parser("generate", help="tokens/s of generation, at several numbers of prompts at once")
-    writing.add_argument("--preset", default="S", help="a shape of models/presets.py (default S: 12M parameters)")
-    writing.add_argument("--batches", default="1,32", help="prompts at once, with commas between (default 1,32)")
-    writing.add_argument("--new", type=int, default=128, help="tokens of a reply (default 128)")
-    writing.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default 16)")
-    writing.add_argument("--reps", type=int, default=3, help="timed runs, after one that is not (default 3)")
-    writing.add_argument(
-        "--temperature", type=float, default=0.0, help="above 0 draws (default 0: the likeliest token)"
-    )
-    writing.add_argument("--no-cache", action="store_true", help="compile anew")
-    writing.set_defaults(command=_bench_generate, takes_overrides=False)
+    bench_arguments.add(commands)
     return parser
 
 
@@ -382,36 +342,6 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
         report.write(args.json)
     if report.bad:
         raise LmtrainError(f"{args.file}: {len(report.bad):,} of {report.lines:,} lines are bad")
-
-
-def _bench_train(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import bench
-
-    bench.train(
-        args.preset, rows=args.rows, row_length=args.row_length, accumulate=args.accumulate, steps=args.steps,
-        attention=args.attention, remat=args.remat, optimizer=args.optim, cache=not args.no_cache,
-    )  # fmt: skip
-
-
-def _bench_generate(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import bench
-
-    bench.generate(
-        args.preset, batches=args.batches, new=args.new, prompt=args.prompt, reps=args.reps,
-        temperature=args.temperature, cache=not args.no_cache,
-    )  # fmt: skip
-
-
-def _bench_sft(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import bench_post
-
-    bench_post.sft(args.preset, args.rows, args.row_length, args.accumulate, args.steps)
-
-
-def _bench_rl(args: argparse.Namespace, rest: list[str]) -> None:
-    from lmtrain import bench_post
-
-    bench_post.rl(args.preset, args.prompts, args.group, args.new, args.accumulate, args.steps)
 
 
 if __name__ == "__main__":

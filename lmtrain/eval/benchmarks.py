@@ -145,9 +145,10 @@ def winobias(path: str) -> list[Item]:
 
 
 def _occupation(line: str) -> str:
-    """What stands in the brackets that do not hold the pronoun: the longest of them."""
-    inside = max(re.findall(r"\[(.*?)\]", line), key=len, default="")
-    return inside.lower().removeprefix("the ").strip()
+    """What stands in the brackets that do not hold a pronoun."""
+    inside = [text.lower().removeprefix("the ").strip() for text in re.findall(r"\[(.*?)\]", line)]
+    pronouns = {word for words in _PRONOUNS.values() for word in words}
+    return next((text for text in inside if text not in pronouns), "")
 
 
 def _plain(line: str) -> str:

@@ -207,5 +207,5 @@ def _scores(forward: Forward) -> Callable[..., tuple[jax.Array, jax.Array]]:
         return forward.map_logits(params, part, hidden_BTD, batch["targets_BT"])
 
     # Whole on every device, so that each of several processes can read all of it.
-    whole = None if forward.mesh is None else mesh_lib.sharding((), forward.mesh)
+    whole = None if forward.mesh is None else mesh_lib.replicated(forward.mesh)
     return jax.jit(run, out_shardings=whole)

@@ -69,6 +69,10 @@ def test_winobias_lines_lose_numbers_brackets_and_the_blanks_around_them(tmp_pat
         first.more == "The teacher asked the physician and believed him."
         and second.less == "The nurse saw the cook's car."
     )
+    assert (first.term, second.term) == ("physician", "chief")
+    pro.write_text("The lawyer hired [the CEO] because [she] needed help.\n[He] paid [the aid].\n")
+    anti.write_text("The lawyer hired [the CEO] because [he] needed help.\n[She] paid [the aid].\n")
+    assert [item.term for item in benchmarks.winobias(str(pro))] == ["ceo", "aid"]
 
 
 @pytest.mark.parametrize(
