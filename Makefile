@@ -32,6 +32,7 @@ test-notebooks: $(VENV)/.test
 
 test-peers: $(PEERS)/.done
 	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py tests/eval/test_lm_eval.py
+	$(PEERS)/bin/python -m pytest -q -rs -m slow tests/test_scattered.py -k s3
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmtrain import (
+    bucket,
     checkpoint,
     compilation,
     config,
@@ -34,6 +35,7 @@ from lmtrain import (
     preflight,
     remote,
     runs,
+    scattered,
     schema,
     scoring,
     train,
@@ -57,7 +59,8 @@ def run(
 
     Args:
       experiment: "FILE[:arg]", the ConfigDict that such a file makes, or a schema.Experiment.
-      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py).
+      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py; by
+        several processes, in one each: scattered.py).
       overrides: further settings, as on the command line: ["--config.stages.pretrain.steps=10"].
 
     Raises:
@@ -73,10 +76,16 @@ def run(
         experiment = config.override(experiment, overrides)
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
     with contextlib.ExitStack() as held:
-        if remote.is_remote(workdir):
-            workdir = held.enter_context(remote.mirrored(str(workdir)))
+        copy: scattered.Copy | None = None
+        if bucket.is_remote(workdir):
+            place = hosts.find()
+            if place.processes > 1:
+                copy = scattered.Copy(str(workdir), place.process, place.processes)
+            workdir = copy.local if copy else held.enter_context(remote.mirrored(str(workdir)))
         folder = pathlib.Path(workdir)
-        crew = held.enter_context(hosts.joined(e, folder))
+        crew = held.enter_context(hosts.joined(e, folder, copy))
+        if copy is not None:
+            held.enter_context(copy.at_work())
         compilation.use_cache()
         if e.mesh.auto:
             e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
@@ -91,9 +100,10 @@ def run(
         first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
         for name, stage in e.stages.items():
             if isinstance(stage, schema.Tokenizer):
-                tok = tokenizer_stage(stage, first, folder / "tokenizer")
+                tok = tokenizer_stage(stage, first, folder / "tokenizer", crew)
                 continue
-            tok = tok or tokenizer_stage(default_tokenizer(first), first, folder / "tokenizer")
+            tok = tok or tokenizer_stage(default_tokenizer(first), first, folder / "tokenizer", crew)
+            crew.meet(name)  # what the stage before has left is read now
             if isinstance(stage, schema.Evaluation):
                 scoring.run(e, name, stage, tok, folder, mesh)
             else:
@@ -118,7 +128,9 @@ def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
     return schema.Tokenizer(kind="file", path=str(origins.find(first.init_from).tokenizer))
 
 
-def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
+def tokenizer_stage(
+    cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path, crew: hosts.Crew
+) -> tokenizer_lib.Tokenizer:
     """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
     asked |= {"add": list(cfg.add)} if cfg.add else {}
@@ -146,7 +158,7 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
                 shutil.copy(side, folder / side.name)
         runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
-    mesh_lib.barrier("tokenizer")
+    crew.meet("tokenizer")
     made = origins.read_json(note)
     if made != asked:
         raise LmtrainError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lmtrain import log
+from lmtrain import log, storage
 from lmtrain.data import prepared, sources, store
 from lmtrain.data.cuts import as_bytes
 from lmtrain.data.sources import Document
@@ -39,8 +39,9 @@ def prepare(
     """Tokenises a corpus into folder/FINGERPRINT (`data.cache`, where set, instead of folder), or finds it there.
 
     Interrupted at any point, the same call goes on behind the last whole shard, to the same bytes. Other settings or
-    other input files have another fingerprint. Of several processes, process 0 prepares and the others wait, so they
-    must see the same folder. Digests of all documents are held in memory: about 100 bytes each.
+    other input files have another fingerprint. Of several processes that see one folder, process 0 prepares and the
+    others wait; with a copy each, each does it for itself. Digests of all documents are held in memory: about 100
+    bytes each.
 
     Raises:
       ConfigError, LmtrainError: bad settings, missing or broken files, an empty corpus, a full disk, a shard that is
@@ -50,7 +51,7 @@ def prepare(
         root = Path(data.cache or folder).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"data.cache: got {data.cache!r}, takes a folder: {error}") from None
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and storage.shared(root):
         target = _prepare_together(data, tokenizer, root, progress, shard_tokens)
     else:
         target = root / fingerprint(data, tokenizer)
