@@ -6,15 +6,18 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import os
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lmtrain import manifest, storage
-from lmtrain.types import LmtrainError, StorageError
+from lmtrain.types import LmtrainError, Stopped, StorageError
 
 PERIOD = 30.0  # seconds between two looks for what has changed
+SOON = 2.0  # the same, where somebody waits for it
 COPIES = pathlib.Path("~/.cache/lmtrain/runs")
 
 
@@ -81,10 +84,24 @@ class Bucket:
                 del self._there[name]
 
     def download(self, name: str) -> None:
-        """Fetches one file, which needs no upload then."""
-        (self.local / name).parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(f"{self.root}/{name}", str(self.local / name))
-        self._there[name] = _stamp(self.local / name)
+        """Fetches one file, in one rename; it needs no upload then."""
+        file = self.local / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_name(f".{file.name}.half")
+        self.fs.get_file(f"{self.root}/{name}", str(half))
+        os.replace(half, file)
+        self._there[name] = _stamp(file)
+
+    def patiently(self, what: str, work: Callable[[], Any]) -> Any:
+        """Does it, and again after a while where the bucket refuses."""
+        done: list[Any] = []
+
+        def once() -> None:
+            with self.asking(what):
+                done.append(work())
+
+        storage.again(once)
+        return done[0]
 
     @contextlib.contextmanager
     def asking(self, what: str) -> Iterator[None]:
@@ -109,25 +126,48 @@ class Bucket:
 
 
 @contextlib.contextmanager
-def pushed(push: Callable[[], None]) -> Iterator[None]:
-    """Pushes every PERIOD seconds while inside, and at the end. What fails is said and tried again the next time; only
-    the end raises it."""
+def now_and_then(work: Callable[[], None], soon: Callable[[], bool] = bool) -> Iterator[None]:
+    """Inside, a thread does the work every PERIOD seconds, and every SOON while it is wanted soon. What fails is said,
+    and tried again the next time."""
     leave = threading.Event()
 
     def keep() -> None:
-        while not leave.wait(PERIOD):
+        last = time.monotonic()
+        while not leave.wait(min(SOON, PERIOD)):
+            if time.monotonic() - last < PERIOD and not soon():
+                continue
             try:
-                push()
+                work()
             except StorageError as error:
                 print(f"{error} Again in {PERIOD:g} s.", flush=True)
+            last = time.monotonic()
 
-    thread = threading.Thread(target=keep, name="mirror", daemon=True)
+    thread = threading.Thread(target=keep, name="bucket", daemon=True)
     thread.start()
     try:
         yield
     finally:
         leave.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def pushed(push: Callable[[], None], soon: Callable[[], bool] = bool) -> Iterator[None]:
+    """Pushes now and then while inside, and at the end. Where what is inside fails, that is the error: the last push is
+    tried once."""
+    try:
+        with now_and_then(push, soon):
+            yield
+    except Stopped:
+        storage.again(push)
+        raise
+    except BaseException:
+        try:
+            push()
+        except LmtrainError as error:
+            print(error, flush=True)
+        raise
+    else:
         storage.again(push)
 
 

@@ -11,7 +11,7 @@ instant leaves at least one. A file that no longer matches its sha256 is named, 
 is not used: it deletes by a policy of its own, which knows nothing of the manifest.
 
 Every process calls every method; process 0 alone writes manifests, deletes and judges. FOLDER is on a file system that
-all of them see, or each has a copy (scattered.py) in which it does so for itself.
+all of them see, or each has a copy of it (scattered.py), keeps its own clean, and reads and writes its part.
 """
 
 from __future__ import annotations
@@ -177,6 +177,8 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
+            if isinstance(error, LmtrainError) and not isinstance(error, StorageError):
+                raise
             raise self._failed(step, error) from error
         self._newest, self._failures, self._again = step, 0, math.inf
 
@@ -281,29 +283,43 @@ class Checkpoints:
         """The newest step from this one down, as `_newest_sound` has it, of which every process got what it needs."""
         while step >= 0:
             problems = copy.fetch(self.folder / str(step), arrays)
-            damaged = multihost_utils.process_allgather(np.int32(len(problems)))
+            damaged = everyones(problems)
             if not damaged.any():
                 break
             others = [f"process {p} finds {n} of its files damaged" for p, n in enumerate(damaged) if n]
-            aside = self._set_aside(step, problems or others)
-            if self._first:
-                copy.rename(self.folder / str(step), aside)
+            self._set_aside(step, problems or others)
             step = self._newest_sound()
         return step
 
-    def _set_aside(self, step: int, problems: list[str]) -> pathlib.Path:
+    def _set_aside(self, step: int, problems: list[str]) -> None:
         aside = self.folder / f"damaged-{step}"
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
-        os.replace(self.folder / str(step), aside)
+        if self._copy is not None:
+            self._copy.rename(self.folder / str(step), aside)
+        else:
+            os.replace(self.folder / str(step), aside)
         log.say(f"{'; '.join(problems)}. Damaged; moved to {aside.name}, the checkpoint before is used.")
-        return aside
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
     """The `meta` saved with a step (None: the newest sound one)."""
     return read_manifest(folder, newest_sound(folder) if step is None else step)["meta"]
+
+
+def sound(folder: Folder, step: int) -> bool:
+    """Whether nothing is wrong with a checkpoint; every process asks, and gets the same answer. Of several with a copy
+    each, each looks at a share of the files."""
+    path = pathlib.Path(folder).absolute() / str(step)
+    if (copy := scattered.of(path)) is None:
+        return not verify(folder, step)
+    return not everyones(copy.check(path)).any()
+
+
+def everyones(problems: list[str]) -> np.ndarray:
+    """How many problems each process has found: [processes] int32."""
+    return np.atleast_1d(multihost_utils.process_allgather(np.int32(len(problems))))
 
 
 def identity(folder: Folder) -> str:

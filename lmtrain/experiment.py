@@ -114,6 +114,7 @@ def run(
 
             if table := report.comparison(folder):
                 log.say(table)
+        crew.meet("end")
     assert done is not None  # config.build refuses an experiment without a training stage
     return done
 
@@ -202,14 +203,14 @@ def training_stage(
     check_same(here, name, settings)
     if finished(here, cfg):
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
-        return runs.load(here)
+        return runs.load(here, place=lambda model: mesh if mesh.size > 1 else None)
 
     initial = initial_params(start, model, mesh) if start else None
     chosen = partial.trained(cfg, model, transformer.axes(model))
     rest = frozen_part(chosen, start, model, initial, cfg.quantize)
     if rest:
         assert start is not None and initial is not None
-        settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen),
+        settings["rest"] = {"from": rest_name(start, folder), "identity": start.identify(), "trained": sorted(chosen),
                             "quantize": cfg.quantize}  # fmt: skip
         check_rest(here, settings["rest"])
         if cfg.quantize:
@@ -320,11 +321,11 @@ def check_rest(here: pathlib.Path, rest: dict[str, Any]) -> None:
         )
 
 
-def rest_name(start: origins.Origin, before: str) -> str:
+def rest_name(start: origins.Origin, folder: pathlib.Path) -> str:
     """How config.json names what a stage's frozen part comes from: a stage of this run by its name, which stays true
     when the run is moved."""
-    if before and pathlib.Path(start.where).name == before:
-        return before
+    if pathlib.Path(start.where).parent == folder:
+        return pathlib.Path(start.where).name
     return start.where if start.where.startswith(huggingface.PREFIX) else str(pathlib.Path(start.where).absolute())
 
 
@@ -333,7 +334,7 @@ def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
     steps = checkpoint.steps(here / "checkpoints")
     if not steps or steps[-1] < cfg.steps or here.name not in runs.read_summary(here.parent):
         return False
-    return not checkpoint.verify(here / "checkpoints", steps[-1])  # a damaged last step is done again
+    return checkpoint.sound(here / "checkpoints", steps[-1])  # a damaged last step is done again
 
 
 def summarise(done: runs.Run, feed: feeds.Feed) -> None:

@@ -19,6 +19,8 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
 
 APART = ".apart"  # marks one process's copy of a run's folder, which the other processes do not see
 
+WANTED = ".wanted"  # in a folder of such a copy: this process waits for what another makes there
+
 
 def shared(folder: pathlib.Path) -> bool:
     """Whether all processes of a run see what one of them writes there."""

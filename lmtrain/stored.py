@@ -12,8 +12,6 @@ import numpy as np
 
 from lmtrain.types import LmtrainError, Params, TrainState
 
-UPLOAD = 3600  # seconds that processes wait for one another's part of a checkpoint
-
 
 def items(state: TrainState) -> tuple[Params, dict[str, Any]]:
     """(params, rest): the parameters' nested dict, and all else by its path, with the random key as plain numbers.
@@ -96,13 +94,6 @@ def checkpointer(asynchronous: bool, apart: bool = False) -> Any:
     composite = ocp.CompositeOptions(**each)
     handler = ocp.CompositeCheckpointHandler(composite_options=composite, **parts)
     return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(handler, **each)
-
-
-def together(key: str) -> None:
-    """Waits until every process is here, in any thread, as long as an upload may take."""
-    from orbax.checkpoint import multihost
-
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=UPLOAD * 1000)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -26,7 +26,7 @@ ROOMS = {
     "step": {"types", "schema", "mesh", "optim", "partial"},
     "manifest": {"types", "log", "storage"},
     "bucket": {"types", "manifest", "storage"},
-    "scattered": {"types", "manifest", "storage", "stored", "bucket"},
+    "scattered": {"types", "mesh", "manifest", "storage", "stored", "bucket"},
     "nearby": {"manifest"},
     "stored": {"types"},
     "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest", "nearby", "stored", "scattered"},

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmtrain import bucket as bucket_lib
 from lmtrain import checkpoint, log, manifest, scattered, storage
-from lmtrain.types import LmtrainError, TrainState
+from lmtrain.types import LmtrainError, StorageError, TrainState
 from tests.several import (
     STEPS,
     at_step,
@@ -42,12 +42,12 @@ __all__ = ["tiny", "whole"]  # fixtures
 
 
 # ------------------------------------------------------------------------------------- one process, and no runtime
-@pytest.fixture
-def copy(tmp_path, monkeypatch):
+@pytest.fixture(params=["memory", "file"])
+def copy(request, tmp_path, monkeypatch):
     """Process 0 of 1, at work on an empty bucket."""
     monkeypatch.setattr(bucket_lib, "COPIES", tmp_path / "copies")
     fsspec.filesystem("memory").store.clear()
-    copy = scattered.Copy("memory://b/run", 0, 1)
+    copy = scattered.Copy("memory://b/run" if request.param == "memory" else f"file://{tmp_path}/b/run", 0, 1)
     with copy.at_work():
         yield copy
     fsspec.filesystem("memory").store.clear()
@@ -55,7 +55,8 @@ def copy(tmp_path, monkeypatch):
 
 def there(copy):
     copy.fs.invalidate_cache()
-    return sorted(name.removeprefix(f"{copy.root}/") for name in copy.fs.find(copy.root))
+    names = [name.removeprefix(f"{copy.root}/") for name in copy.fs.find(copy.root)]
+    return sorted(name for name in names if name != scattered.OWNER)
 
 
 def state(mesh, value):
@@ -205,6 +206,88 @@ def test_files_that_are_small_go_up_and_down_and_away(copy):
     copy.push()
     other.pull()
     assert there(copy) == ["pretrain/metrics.jsonl"] and not (other.local / "more.json").exists()
+
+
+def test_tokenised_text_comes_down_when_it_is_whole_and_once(copy):
+    for name in ("manifest.json", "00-00000.train.npy"):
+        (copy.local / "data/abc").mkdir(parents=True, exist_ok=True)
+        (copy.local / "data/abc" / name).write_text("1")
+    assert copy._has_text()
+    copy.push()
+    assert not copy._has_text()
+    other = scattered.Copy(copy.url, 1, 2)
+    other.local.mkdir()
+    other.pull()
+    assert not (other.local / "data").exists() and not other._waits()
+    (other.local / "data/abc").mkdir(parents=True)
+    (other.local / "data/abc" / storage.WANTED).touch()
+    assert other._waits()
+    got, download = [], other.download
+    other.download = lambda name: (got.append(name), download(name))
+    other.pull_text()
+    other.pull_text()
+    assert got == ["data/abc/00-00000.train.npy", "data/abc/manifest.json"]
+
+
+def test_a_start_that_was_thought_dead_does_not_write_another_checkpoint(copy):
+    one = checkpoints(copy)
+    copy.fs.pipe_file(f"{copy.root}/.owner", b"another")
+    with pytest.raises(LmtrainError, match="started again elsewhere") as error:
+        one.save(5, state(mesh_of(4, 2), 1.0), {}, last=True)
+    assert error.value.status == 2
+    assert not [name for name in there(copy) if name.endswith(manifest.MANIFEST)]
+
+
+def test_a_manifest_that_is_not_what_was_written_costs_its_checkpoint_alone(copy):
+    one = checkpoints(copy)
+    for step in (5, 10):
+        one.save(step, state(mesh_of(4, 2), float(step)), {}, last=True)
+    one.close()
+    copy.fs.pipe_file(f"{copy.root}/pretrain/checkpoints/10/{manifest.MANIFEST}", b"{}")
+    before = there(copy)
+    copy._fetched.clear()
+    copy.pull()
+    assert checkpoints(copy).restore_newest(abstract(state(mesh_of(4, 2), 0.0)))[2] == 5
+    copy.push()
+    copy._sweep()
+    assert there(copy) == sorted(name.replace("checkpoints/10/", "checkpoints/damaged-10/") for name in before)
+
+
+def test_of_a_finished_stage_all_files_are_looked_at_once(copy):
+    one = checkpoints(copy)
+    one.save(5, state(mesh_of(4, 2), 1.0), {}, last=True)
+    one.close()
+    folder = copy.local / "pretrain/checkpoints"
+    shutil.rmtree(folder / "5/rest")
+    assert checkpoint.sound(folder, 5)
+    name = f"{copy.root}/pretrain/checkpoints/5/rest/step/0"
+    copy.fs.pipe_file(name, copy.fs.cat_file(name) + b"?")
+    shutil.rmtree(folder / "5/rest")
+    assert not checkpoint.sound(folder, 5)
+    files = set(manifest.read_manifest(folder, 5)["files"])
+    shares = [set(sorted(files)[p::3]) for p in range(3)]
+    looked = []
+    for process in range(3):
+        other = scattered.Copy(copy.url, process, 3)
+        other._get = lambda path, files: looked.append(set(files)) or []
+        other.check(folder / "5")
+    assert looked == shares and set.union(*looked) == files
+
+
+def test_what_fails_inside_is_the_error_and_the_last_push_is_tried_once(monkeypatch):
+    tries = []
+
+    def push():
+        tries.append(1)
+        raise StorageError("away")
+
+    with pytest.raises(KeyError), bucket_lib.pushed(push):
+        raise KeyError
+    assert len(tries) == 1
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    with pytest.raises(StorageError), bucket_lib.pushed(push):
+        tries.clear()
+    assert len(tries) == 3
 
 
 def test_a_folder_knows_whether_others_see_it(copy, tmp_path):

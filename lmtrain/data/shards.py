@@ -39,8 +39,8 @@ def prepare(
     """Tokenises a corpus into folder/FINGERPRINT (`data.cache`, where set, instead of folder), or finds it there.
 
     Interrupted at any point, the same call goes on behind the last whole shard, to the same bytes. Other settings or
-    other input files have another fingerprint. Of several processes that see one folder, process 0 prepares and the
-    others wait; with a copy each, each does it for itself. Digests of all documents are held in memory: about 100
+    other input files have another fingerprint. Of several processes, process 0 prepares and the others wait, so they
+    must see the same folder, or what fetches it (scattered.py). Digests of all documents are held in memory: about 100
     bytes each.
 
     Raises:
@@ -51,7 +51,7 @@ def prepare(
         root = Path(data.cache or folder).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"data.cache: got {data.cache!r}, takes a folder: {error}") from None
-    if jax.process_count() > 1 and storage.shared(root):
+    if jax.process_count() > 1:
         target = _prepare_together(data, tokenizer, root, progress, shard_tokens)
     else:
         target = root / fingerprint(data, tokenizer)
@@ -234,10 +234,16 @@ def _prepare_together(data: Data, tokenizer: Tokenizer, root: Path, progress: bo
             with contextlib.suppress(OSError):
                 store.write(target / "failed", str(e).encode())
             raise
+    wanted = target / storage.WANTED
+    if jax.process_index() and not storage.shared(root):
+        target.mkdir(parents=True, exist_ok=True)
+        wanted.touch()
     while not (target / "manifest.json").is_file():
         with contextlib.suppress(FileNotFoundError):
             raise LmtrainError(f"data: process 0 cannot prepare {target}: {(target / 'failed').read_text()}")
         time.sleep(0.2)
+    if not storage.shared(root):
+        wanted.unlink(missing_ok=True)
     multihost_utils.sync_global_devices("lmtrain.data.prepare")
     return target
 
