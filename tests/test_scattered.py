@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmtrain import bucket as bucket_lib
 from lmtrain import checkpoint, log, manifest, scattered, storage
+from lmtrain.hosts import local
 from lmtrain.types import LmtrainError, StorageError, TrainState
 from tests.several import (
     STEPS,
@@ -364,18 +365,57 @@ def test_told_to_stop_all_is_in_the_bucket(tiny, whole, home, tmp_path):
     assert f"going on from step {stopped}" in said and sha(there) == sha(whole("2x2"))
 
 
-@pytest.mark.slow
-def test_the_whole_chain_in_a_bucket_is_that_of_one_process(tiny, home, tmp_path):
+def start_apart(tiny, url, homes, *flags):
+    """As `several.start`, 2 devices each, but that each process has another home, as on a host of its own."""
+    argv = [sys.executable, "-m", "lmtrain", "run", "--config", str(tiny), "--workdir", url, *flags]
+    places = local.environments(len(homes), 2, environment(tiny), local.free_ports())
+    return [
+        subprocess.Popen(
+            argv, env=env | {"HOME": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for env, home in zip(places, homes, strict=True)
+    ]
+
+
+SFT = 'c.stages.sft = stage(objective="sft", data=chat, model='
+PRETRAINED = """docs = config.data("text", path={text!r}, document="line", row_length=48)
+    c.stages.pretrain = stage(data=docs, model=MODEL)
+    c.stages.sft = stage(objective="sft", data=chat)"""
+LORA = """c.stages.lora = stage(objective="sft", data=chat, init_from="pretrain", model=config.model(lora=Lora(rank=2)))
+    c.stages.scores"""
+
+
+def chain(tiny):
+    """Pretraining, SFT, DPO, RL, LoRA on the first stage, and an evaluation."""
+    before, rest = CHAIN.split(SFT)
+    model, after = rest.split("\n", 1)
+    first = PRETRAINED.format(text=str(tiny.parent / "text.txt")).replace("MODEL", model[:-1])
+    after = after.replace("c.stages.scores", LORA)
     file = tiny.parent / "chain-bucket.py"
-    file.write_text(CHAIN)
+    file.write_text("from lmtrain.schema import Lora\n" + before + first + "\n" + after)
+    return file
+
+
+@pytest.mark.slow
+def test_the_whole_chain_over_hosts_that_share_nothing_is_that_of_one_process(tiny, tmp_path):
+    """And again, on other machines, it is found to be done."""
+    file = chain(tiny)
     flags = ["--config.mesh.data=1", "--config.mesh.fsdp=4"]
     finish(start(file, tmp_path / "one", 1, 4, *flags))
-    finish(start(file, f"file://{tmp_path}/two", 2, 2, *flags))
-    for stage in ("sft", "dpo", "rl"):
-        one, two = ([m["loss"] for m in log.read_metrics(tmp_path / name / stage)] for name in ("one", "two"))
-        assert len(one) == 5 and one == pytest.approx(two, rel=1e-4, abs=1e-5), stage
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["rl"]["tasks"] for name in ("one", "two"))
-    assert one == two and one
+    url, there = f"file://{tmp_path}/two", tmp_path / "two"
+    for machines in ("ab", "cd"):
+        both = start_apart(file, url, [tmp_path / m for m in machines], *flags)
+        said = [finish(process, seconds=500) for process in both]
+        for stage in ("pretrain", "sft", "dpo", "rl", "lora"):
+            one, two = ([m["loss"] for m in log.read_metrics(run / stage)] for run in (tmp_path / "one", there))
+            assert len(one) == 5 and one == pytest.approx(two, rel=1e-4, abs=1e-5), stage
+            assert (f"{stage}: finished" in said[0]) == (machines == "cd")
+        one, two = (json.loads((run / "summary.json").read_text())["rl"]["tasks"] for run in (tmp_path / "one", there))
+        assert one == two and one
+    assert json.loads((there / "lora/config.json").read_text())["rest"]["from"] == "pretrain"
+    for machine in "abcd":  # each has one copy, in its own home
+        (copy,) = (tmp_path / machine / ".cache/lmtrain/runs").glob("run-*[!k]")
+        assert copy.name.startswith(f"run-{'abcd'.index(machine) % 2}-of-2-two-")
 
 
 @pytest.fixture
@@ -429,14 +469,23 @@ def test_a_bucket_that_cannot_be_written_is_refused_on_every_host(tiny, home, tm
 
 
 @pytest.mark.slow
-def test_another_address_on_one_host_is_refused_on_all(tiny, home, tmp_path):
-    at = {"LMTRAIN_COORDINATOR": "127.0.0.1:9473", "LMTRAIN_PROCESSES": "2"}
+def test_another_address_on_one_host_is_refused_on_all(tiny, tmp_path):
+    places = local.environments(2, 2, environment(tiny) | {"HOME": str(tmp_path)}, local.free_ports())
     argv = [sys.executable, "-m", "lmtrain", "run", "--config", str(tiny), "--workdir"]
     both = [
-        subprocess.Popen([*argv, f"file://{tmp_path}/{name}"], env=environment(tiny) | at | {"LMTRAIN_PROCESS": str(p)},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for p, name in enumerate(("a", "b"))
+        subprocess.Popen([*argv, f"file://{tmp_path}/{name}"], env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
+        for env, name in zip(places, ("a", "b"), strict=True)
     ]  # fmt: skip
     for process in both:
         assert f"--workdir is 'file://{tmp_path}/b', but 'file://{tmp_path}/a'" in finish(process, status=2)
     assert not (tmp_path / "a").exists() or not list((tmp_path / "a").rglob("*"))
+
+
+@pytest.mark.slow
+def test_a_first_start_with_wrong_input_leaves_nothing_there(tiny, home, tmp_path):
+    url = f"file://{tmp_path}/bucket/run"
+    said = finish(start(tiny, url, 2, 2, "--config.stages.pretrain.data.path=nowhere.txt"), status=2)
+    assert "no such file, folder or glob: nowhere.txt" in said
+    assert {p.name for p in (tmp_path / "bucket/run").rglob("*") if p.is_file()} <= {scattered.OWNER}
+    finish(start(tiny, url, 2, 2, "--config.stages.pretrain.steps=2"))
