@@ -3,7 +3,7 @@
 #   make test         the fast tests;  make test-all  the slow ones too;  make lint  ruff and mypy
 #   make test-gpu    what only an NVIDIA GPU can show, where one is at hand and jax[cuda13] is installed
 #   make test-notebooks   launch/colab from the first cell to the last
-#   make test-peers   what is compared with PyTorch, TRL and lm-evaluation-harness, in an environment of their own
+#   make test-peers   what needs PyTorch, TRL, lm-evaluation-harness or an S3 server, in an environment of its own
 PYTHON ?= python3
 VENV   ?= .venv
 PEERS  ?= .venv-peers
@@ -32,6 +32,7 @@ test-notebooks: $(VENV)/.test
 
 test-peers: $(PEERS)/.done
 	$(PEERS)/bin/python -m pytest -q -rs -n 2 tests/objectives/test_trl.py tests/interop/test_transformers.py tests/eval/test_lm_eval.py
+	$(PEERS)/bin/python -m pytest -q -rs -m slow tests/test_scattered.py -k s3
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -58,8 +59,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 # PyTorch first and by itself, by plain pip: its build without a GPU's libraries, which others would drag in.
 $(PEERS)/.done: pyproject.toml constraints.txt
-	@echo "installing PyTorch, TRL and lm-evaluation-harness into $(PEERS) (once)"
+	@echo "installing PyTorch, TRL, lm-evaluation-harness and moto into $(PEERS) (once)"
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lm-eval]" trl==1.8.0 peft==0.21.2 requests
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt s3fs moto flask flask-cors
 	@touch $@

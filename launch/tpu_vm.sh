@@ -12,7 +12,7 @@
 #   launch/tpu_vm.sh --dry-run COMMAND ...      prints the commands
 #
 # NAME=lmtrain ZONE=us-central1-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite; SPOT=1 for the cheap kind that may be
-# taken away. DIR has to be shared by the workers (a mounted Filestore or GCS FUSE folder) and outlive them.
+# taken away. DIR is gs://BUCKET/RUN, or a folder that the workers share and that outlives them (Filestore).
 set -euo pipefail
 name=${NAME:-lmtrain} zone=${ZONE:-us-central1-a} type=${TYPE:-v5litepod-16} runtime=${RUNTIME:-v2-alpha-tpuv5-lite}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -45,7 +45,7 @@ delete() { do_ gcloud compute tpus queued-resources delete "$name" --zone="$zone
 setup() {
     do_ tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/lmtrain.tar.gz -C "$root" . &&
         do_ gcloud compute tpus tpu-vm scp /tmp/lmtrain.tar.gz "$name": --zone="$zone" --worker=all &&
-        workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,tensorboard]'"
+        workers "mkdir -p lmtrain && tar -xzf lmtrain.tar.gz -C lmtrain && cd lmtrain && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,cloud,tensorboard]'"
 }
 run() { # its exit status is left in status; none there, and nothing that runs, means that it was lost
     local it

@@ -11,7 +11,7 @@ instant leaves at least one. A file that no longer matches its sha256 is named, 
 is not used: it deletes by a policy of its own, which knows nothing of the manifest.
 
 Every process calls every method; process 0 alone writes manifests, deletes and judges. FOLDER is on a file system that
-all of them see.
+all of them see, or each has a copy of it (scattered.py), keeps its own clean, and reads and writes its part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lmtrain import log, stored
+from lmtrain import log, scattered, stored
 from lmtrain.manifest import MANIFEST, Folder, newest_sound, read_manifest, steps, verify, write_manifest
 from lmtrain.nearby import Nearby
 from lmtrain.types import LmtrainError, Params, StorageError, TrainState
@@ -55,6 +55,7 @@ class Checkpoints:
       pauses: seconds before a save that failed is to be tried again (see `again`); as many failures in a row are said
         and survived.
       nearby: further checkpoints, on each host's own disk; the newest sound one of both is restored.
+      copy: what the folder lies in, where it is not one that all processes see.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class Checkpoints:
         best: str = "heldout_loss",
         pauses: Sequence[float] = (),
         nearby: Nearby | None = None,
+        copy: scattered.Copy | None = None,
     ):
         self.folder = pathlib.Path(folder).absolute()
         self.keep_last, self.keep_best, self.best = max(1, keep_last), keep_best, best.removeprefix("-")
         self._sign = -1.0 if best.startswith("-") else 1.0
-        self._checkpointer = stored.checkpointer(asynchronous=True)
+        self._copy, self._first = copy, jax.process_index() == 0
+        self._keeps = self._first or copy is not None  # whether this process writes and deletes in the folder
+        self._checkpointer = stored.checkpointer(asynchronous=True, apart=copy is not None)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._newest: int | None = None
@@ -147,7 +151,7 @@ class Checkpoints:
         manifest = json.loads(json.dumps(manifest))  # as it is now; what JSON cannot hold is found out here
         path = self.folder / str(step)
         try:
-            if jax.process_index() == 0:
+            if self._keeps:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _clean(self.folder)
             self._checkpointer.save(path, args=stored.args("StandardSave", params=params, rest=rest))
@@ -158,8 +162,11 @@ class Checkpoints:
     def _finish(self, path: pathlib.Path, manifest: dict[str, Any]) -> None:
         """In the background: once Orbax is done, the manifest; once that stands, away with what is too old."""
         self._checkpointer.wait_until_finished()
-        if jax.process_index() == 0:
+        if self._copy is not None:
+            self._copy.save(path, manifest)
+        elif self._first:
             write_manifest(path, manifest)
+        if self._keeps:
             self._prune()
 
     def wait(self) -> None:
@@ -170,6 +177,8 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
+            if isinstance(error, LmtrainError) and not isinstance(error, StorageError):
+                raise
             raise self._failed(step, error) from error
         self._newest, self._failures, self._again = step, 0, math.inf
 
@@ -187,7 +196,7 @@ class Checkpoints:
         """The one message of a failed save; what it left behind is removed."""
         free = shutil.disk_usage(self.folder.parent).free // 2**20 if self.folder.parent.exists() else 0
         for _ in range(20):
-            if jax.process_index() != 0 or not any(path.exists() for path in _clean(self.folder)):
+            if not self._keeps or not any(path.exists() for path in _clean(self.folder)):
                 break
             time.sleep(0.1)  # Orbax's other threads may still be writing
         kept = steps(self.folder)
@@ -209,6 +218,8 @@ class Checkpoints:
             doomed = self.folder / f"deleting-{step}"
             os.replace(self.folder / str(step), doomed)
             shutil.rmtree(doomed)
+            if self._copy is not None and self._first:
+                self._copy.remove(self.folder / str(step))
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, meta, step) of the newest sound checkpoint, or None where nothing was ever saved.
@@ -224,13 +235,15 @@ class Checkpoints:
         """
         self.wait()
         self._newest, step = None, -1
-        if jax.process_index() == 0:
+        if self._keeps:
             for left in sorted({path.name.split(".")[0] for path in _clean(self.folder)}):
                 if left.isdigit():  # perhaps whole, killed just before its manifest: nothing can tell
                     log.say(f"{self.folder}: an unfinished save of step {left} was removed.")
             step = self._newest_sound()
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if self._copy is not None:
+            step = self._newest_fetched(self._copy, step, stored.folders(*stored.items(abstract)))
         if step == -2:
             raise LmtrainError(
                 f"{self.folder}: every checkpoint is damaged, see {self.folder}/damaged-*. "
@@ -263,18 +276,50 @@ class Checkpoints:
             problems = verify(self.folder, step)
             if not problems:
                 return step
-            aside = self.folder / f"damaged-{step}"
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}-again")
-            os.replace(self.folder / str(step), aside)
-            log.say(f"{'; '.join(problems)}. Damaged; moved to {aside.name}, the checkpoint before is used.")
+            self._set_aside(step, problems)
         return -2 if list(self.folder.glob("damaged-*")) else -1
+
+    def _newest_fetched(self, copy: scattered.Copy, step: int, arrays: dict[str, Any]) -> int:
+        """The newest step from this one down, as `_newest_sound` has it, of which every process got what it needs."""
+        while step >= 0:
+            problems = copy.fetch(self.folder / str(step), arrays)
+            damaged = everyones(problems)
+            if not damaged.any():
+                break
+            others = [f"process {p} finds {n} of its files damaged" for p, n in enumerate(damaged) if n]
+            self._set_aside(step, problems or others)
+            step = self._newest_sound()
+        return step
+
+    def _set_aside(self, step: int, problems: list[str]) -> None:
+        aside = self.folder / f"damaged-{step}"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        if self._copy is not None:
+            self._copy.rename(self.folder / str(step), aside)
+        else:
+            os.replace(self.folder / str(step), aside)
+        log.say(f"{'; '.join(problems)}. Damaged; moved to {aside.name}, the checkpoint before is used.")
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 def read_meta(folder: Folder, step: int | None = None) -> dict[str, Any]:
     """The `meta` saved with a step (None: the newest sound one)."""
     return read_manifest(folder, newest_sound(folder) if step is None else step)["meta"]
+
+
+def sound(folder: Folder, step: int) -> bool:
+    """Whether nothing is wrong with a checkpoint; every process asks, and gets the same answer. Of several with a copy
+    each, each looks at a share of the files."""
+    path = pathlib.Path(folder).absolute() / str(step)
+    if (copy := scattered.of(path)) is None:
+        return not verify(folder, step)
+    return not everyones(copy.check(path)).any()
+
+
+def everyones(problems: list[str]) -> np.ndarray:
+    """How many problems each process has found: [processes] int32."""
+    return np.atleast_1d(multihost_utils.process_allgather(np.int32(len(problems))))
 
 
 def identity(folder: Folder) -> str:
@@ -298,6 +343,7 @@ def load_params(folder: Folder, step: int | None = None, shardings: Any = None) 
     elif problems := verify(folder, step):
         raise LmtrainError(f"{'; '.join(problems)}. The checkpoint is damaged.")
     path = pathlib.Path(folder).absolute() / str(step)
+    copy = scattered.of(path)
     saved = read_manifest(folder, step)["arrays"]
     arrays = {name.removeprefix("params/"): a for name, a in saved.items() if name.startswith("params/")}
     where = dict(stored.flat(shardings)) if shardings is not None else {}
@@ -310,7 +356,9 @@ def load_params(folder: Folder, step: int | None = None, shardings: Any = None) 
         inner = functools.reduce(lambda tree, parent: tree.setdefault(parent, {}), parents, wanted)
         nothing = np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory; tells Orbax to give back NumPy
         inner[last] = jax.ShapeDtypeStruct(shape, dtype, sharding=where[name]) if where else nothing
-    with stored.checkpointer(asynchronous=False) as checkpointer:
+    if copy is not None and (problems := copy.fetch(path, stored.folders(wanted, {}))):
+        raise LmtrainError(f"{'; '.join(problems)}. The checkpoint is damaged.")
+    with stored.checkpointer(asynchronous=False, apart=copy is not None) as checkpointer:
         return checkpointer.restore(path, args=stored.args("StandardRestore", params=wanted))["params"]
 
 

@@ -232,7 +232,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from lmtrain import experiment, log
 
     done = experiment.run(args.config, args.workdir, rest)
-    log.say(f"lmtrain run: {done.stage} is at step {done.step}, in {done.folder}")
+    log.say(f"lmtrain run: {done.stage} is at step {done.step}, in {args.workdir}")
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> None:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmtrain import (
+    bucket,
     checkpoint,
     compilation,
     config,
@@ -34,6 +35,7 @@ from lmtrain import (
     preflight,
     remote,
     runs,
+    scattered,
     schema,
     scoring,
     train,
@@ -57,7 +59,8 @@ def run(
 
     Args:
       experiment: "FILE[:arg]", the ConfigDict that such a file makes, or a schema.Experiment.
-      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py).
+      workdir: the run's folder; made where it is missing. gs://... and s3://...: worked on in a copy (remote.py; by
+        several processes, in one each: scattered.py).
       overrides: further settings, as on the command line: ["--config.stages.pretrain.steps=10"].
 
     Raises:
@@ -73,10 +76,16 @@ def run(
         experiment = config.override(experiment, overrides)
     e = experiment if isinstance(experiment, schema.Experiment) else config.build(experiment)
     with contextlib.ExitStack() as held:
-        if remote.is_remote(workdir):
-            workdir = held.enter_context(remote.mirrored(str(workdir)))
+        copy: scattered.Copy | None = None
+        if bucket.is_remote(workdir):
+            place = hosts.find()
+            if place.processes > 1:
+                copy = scattered.Copy(str(workdir), place.process, place.processes)
+            workdir = copy.local if copy else held.enter_context(remote.mirrored(str(workdir)))
         folder = pathlib.Path(workdir)
-        crew = held.enter_context(hosts.joined(e, folder))
+        crew = held.enter_context(hosts.joined(e, folder, copy))
+        if copy is not None:
+            held.enter_context(copy.at_work())
         compilation.use_cache()
         if e.mesh.auto:
             e = dataclasses.replace(e, mesh=search.auto(e, jax.devices()))
@@ -91,9 +100,10 @@ def run(
         first = next(s for s in e.stages.values() if isinstance(s, schema.Stage))
         for name, stage in e.stages.items():
             if isinstance(stage, schema.Tokenizer):
-                tok = tokenizer_stage(stage, first, folder / "tokenizer")
+                tok = tokenizer_stage(stage, first, folder / "tokenizer", crew)
                 continue
-            tok = tok or tokenizer_stage(default_tokenizer(first), first, folder / "tokenizer")
+            tok = tok or tokenizer_stage(default_tokenizer(first), first, folder / "tokenizer", crew)
+            crew.meet(name)  # what the stage before has left is read now
             if isinstance(stage, schema.Evaluation):
                 scoring.run(e, name, stage, tok, folder, mesh)
             else:
@@ -104,6 +114,7 @@ def run(
 
             if table := report.comparison(folder):
                 log.say(table)
+        crew.meet("end")
     assert done is not None  # config.build refuses an experiment without a training stage
     return done
 
@@ -118,7 +129,9 @@ def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
     return schema.Tokenizer(kind="file", path=str(origins.find(first.init_from).tokenizer))
 
 
-def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path) -> tokenizer_lib.Tokenizer:
+def tokenizer_stage(
+    cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.Path, crew: hosts.Crew
+) -> tokenizer_lib.Tokenizer:
     """Trains, reads or makes the tokenizer, once; afterwards loads it and checks that it is the one asked for."""
     asked = {"kind": cfg.kind, "path": cfg.path, "vocab_size": cfg.vocab_size if cfg.kind == "bpe" else 0}
     asked |= {"add": list(cfg.add)} if cfg.add else {}
@@ -146,7 +159,7 @@ def tokenizer_stage(cfg: schema.Tokenizer, first: schema.Stage, folder: pathlib.
                 shutil.copy(side, folder / side.name)
         runs.write_json(note, asked)
         log.say(f"tokenizer: {tok.vocab_size} tokens, in {folder}")
-    mesh_lib.barrier("tokenizer")
+    crew.meet("tokenizer")
     made = origins.read_json(note)
     if made != asked:
         raise LmtrainError(
@@ -190,14 +203,14 @@ def training_stage(
     check_same(here, name, settings)
     if finished(here, cfg):
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
-        return runs.load(here)
+        return runs.load(here, place=lambda model: mesh if mesh.size > 1 else None)
 
     initial = initial_params(start, model, mesh) if start else None
     chosen = partial.trained(cfg, model, transformer.axes(model))
     rest = frozen_part(chosen, start, model, initial, cfg.quantize)
     if rest:
         assert start is not None and initial is not None
-        settings["rest"] = {"from": rest_name(start, before), "identity": start.identify(), "trained": sorted(chosen),
+        settings["rest"] = {"from": rest_name(start, folder), "identity": start.identify(), "trained": sorted(chosen),
                             "quantize": cfg.quantize}  # fmt: skip
         check_rest(here, settings["rest"])
         if cfg.quantize:
@@ -308,11 +321,11 @@ def check_rest(here: pathlib.Path, rest: dict[str, Any]) -> None:
         )
 
 
-def rest_name(start: origins.Origin, before: str) -> str:
+def rest_name(start: origins.Origin, folder: pathlib.Path) -> str:
     """How config.json names what a stage's frozen part comes from: a stage of this run by its name, which stays true
     when the run is moved."""
-    if before and pathlib.Path(start.where).name == before:
-        return before
+    if pathlib.Path(start.where).parent == folder:
+        return pathlib.Path(start.where).name
     return start.where if start.where.startswith(huggingface.PREFIX) else str(pathlib.Path(start.where).absolute())
 
 
@@ -321,7 +334,7 @@ def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
     steps = checkpoint.steps(here / "checkpoints")
     if not steps or steps[-1] < cfg.steps or here.name not in runs.read_summary(here.parent):
         return False
-    return not checkpoint.verify(here / "checkpoints", steps[-1])  # a damaged last step is done again
+    return checkpoint.sound(here / "checkpoints", steps[-1])  # a damaged last step is done again
 
 
 def summarise(done: runs.Run, feed: feeds.Feed) -> None:

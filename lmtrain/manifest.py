@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import Any
 
-from lmtrain import log
+from lmtrain import log, storage
 from lmtrain.types import LmtrainError
 
 MANIFEST = "manifest.json"
@@ -45,12 +45,20 @@ def newest_sound(folder: Folder) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- one of them
-def write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Hashes every file of a checkpoint and writes its manifest, in one rename."""
+Sums = dict[str, list[Any]]  # {path: [size, sha256]}
+
+
+def sums(path: pathlib.Path) -> Sums:
+    """Of every file of a checkpoint that is here, but for its manifest."""
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        sums = pool.map(_sha256, files)
-        body = {**manifest, "files": {str(p.relative_to(path)): s for p, s in zip(files, sums, strict=True)}}
+        found = pool.map(_sha256, files)
+        return {str(p.relative_to(path)): s for p, s in zip(files, found, strict=True)}
+
+
+def write_manifest(path: pathlib.Path, manifest: dict[str, Any], files: Sums | None = None) -> None:
+    """Writes a checkpoint's manifest, in one rename. `files`: all there are; hashed here by default."""
+    body = {**manifest, "files": sums(path) if files is None else files}
     text = json.dumps({"sha256": _own_sum(body), **body}, indent=1)
     half = path / f"{MANIFEST}.half"
     with half.open("w", encoding="utf-8") as f:
@@ -75,12 +83,20 @@ def read_manifest(folder: Folder, step: int) -> dict[str, Any]:
 
 
 def verify(folder: Folder, step: int) -> list[str]:
-    """What is wrong with a checkpoint, a text for each file: "checkpoints/200/params/d/1f...: sha256 differs"."""
+    """What is wrong with a checkpoint, a text for each file: "checkpoints/200/params/d/1f...: sha256 differs".
+
+    Of several processes with a copy each, none has all of it: what they fetch is compared then (scattered.py).
+    """
     path = pathlib.Path(folder) / str(step)
     try:
         files = read_manifest(folder, step)["files"]
     except LmtrainError as error:
         return [str(error)]
+    return compare(path, files) if storage.shared(path) else []
+
+
+def compare(path: pathlib.Path, files: Sums) -> list[str]:
+    """What is wrong with these files of a checkpoint."""
 
     def problem(name: str, expected: list[Any]) -> str:
         file = path / name

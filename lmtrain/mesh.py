@@ -289,6 +289,14 @@ def from_first(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(x)) if jax.process_count() > 1 else x
 
 
+def meet(name: str, seconds: int) -> None:
+    """As `barrier`, without the devices: in any thread, for so long."""
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here. Nothing to wait for where there is one."""
     if jax.process_count() > 1:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, engine, log, origins, remote, schema
+from lmtrain import bucket, checkpoint, engine, log, origins, remote, schema, storage
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -124,7 +124,7 @@ def load(folder: str | os.PathLike[str], place: Callable[[schema.Model], Mesh | 
         mesh, shardings = split(found.model)
         params = found.params(shardings, dtype="stored")
         return Run(found.path, "", config, found.model, found.tokenizer(), params, 0, mesh)
-    if remote.is_remote(folder):
+    if bucket.is_remote(folder):
         folder = remote.copied(str(folder))
     stage_folder = find_stage(pathlib.Path(folder))
     stored = read_json(stage_folder / "config.json")
@@ -170,7 +170,7 @@ def owned(folder: pathlib.Path, near: bool = False) -> Iterator[None]:
         raise LmtrainError("--workdir is empty, but takes a folder of the run's own, such as runs/mine.")
     if folder.exists() and not folder.is_dir():
         raise LmtrainError(f"--workdir {folder} is a file, but takes a folder.")
-    fresh = not folder.exists() or not any(folder.iterdir())
+    fresh = not folder.exists() or all(path.name == storage.APART for path in folder.iterdir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -195,7 +195,7 @@ def owned(folder: pathlib.Path, near: bool = False) -> Iterator[None]:
             ):
                 tokenised = sum(p.stat().st_size for p in folder.glob("data/**/*") if p.is_file())
                 for path in folder.iterdir():
-                    if path.name != "data" or tokenised < WORTH_KEEPING:
+                    if path.name != storage.APART and (path.name != "data" or tokenised < WORTH_KEEPING):
                         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -17,6 +17,16 @@ PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before a line is written again
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
 
 
+APART = ".apart"  # marks one process's copy of a run's folder, which the other processes do not see
+
+WANTED = ".wanted"  # in a folder of such a copy: this process waits for what another makes there
+
+
+def shared(folder: pathlib.Path) -> bool:
+    """Whether all processes of a run see what one of them writes there."""
+    return not any((path / APART).exists() for path in (folder, *folder.parents))
+
+
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Writes through a temporary file, so that a kill leaves the old one or the new one."""
     temporary = file.with_suffix(".tmp")

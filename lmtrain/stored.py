@@ -46,6 +46,12 @@ def describe(params: Params, rest: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [str(np.dtype(x.dtype)), list(x.shape)] for name, x in named(params, rest)}
 
 
+def folders(params: Params, rest: dict[str, Any]) -> dict[str, Any]:
+    """{"params/blocks.q": leaf, ..., "rest/step": leaf, ...}: by the folder that Orbax gives each array."""
+    ours = {f"params/{name.replace('/', '.')}": x for name, x in flat(params)}
+    return ours | {f"rest/{name}": x for name, x in rest.items()}
+
+
 def named(params: Params, rest: dict[str, Any]) -> list[tuple[str, Any]]:
     """[("params/blocks/q", leaf), ..., ("step", leaf), ...]: all of a state by name."""
     return [(f"params/{name}", x) for name, x in flat(params)] + list(rest.items())
@@ -69,14 +75,25 @@ def check_same(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str
 
 
 # -------------------------------------------------------------------------------------------------------------- Orbax
-def checkpointer(asynchronous: bool) -> Any:
-    """Orbax, without its tracebacks in the log."""
+def checkpointer(asynchronous: bool, apart: bool = False) -> Any:
+    """Orbax, without its tracebacks in the log.
+
+    Args:
+      apart: each process writes into a folder that the others do not see, chunks in files of their own (zarr without
+        OCDBT), so that all these folders laid over one another are a checkpoint.
+    """
     import orbax.checkpoint as ocp
 
     # Orbax logs the traceback of every failed save; the error itself reaches the caller as one message.
     logging.getLogger("absl").addFilter(_not_from_orbax)
     logging.getLogger("asyncio").addFilter(_retrieved)
-    return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(ocp.CompositeCheckpointHandler())
+    if not apart:
+        return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(ocp.CompositeCheckpointHandler())
+    each: Any = {"multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=None)}
+    parts = {name: ocp.StandardCheckpointHandler(use_ocdbt=False, **each) for name in ("params", "rest")}
+    composite = ocp.CompositeOptions(**each)
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite, **parts)
+    return (ocp.AsyncCheckpointer if asynchronous else ocp.Checkpointer)(handler, **each)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

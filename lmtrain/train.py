@@ -105,7 +105,9 @@ def train(
         near = nearby.Nearby(pathlib.Path(crew.local) / nearby.place(folder), run)
     # One process tries a failed save again by itself; several all end, and their launcher begins again.
     pauses = checkpoint.PAUSES if jax.process_count() == 1 else ()
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses, near)
+    checkpoints = checkpoint.Checkpoints(
+        folder / "checkpoints", cfg.keep_last, cfg.keep_best, best, pauses, near, crew.copy
+    )
     writer = log.Writer(folder, tensorboard=tensorboard)
 
     # ---------------------------------------------------------------- restore

@@ -24,10 +24,12 @@ ROOMS = {
     "objectives": {"types", "schema"},
     "partial": {"types", "schema"},
     "step": {"types", "schema", "mesh", "optim", "partial"},
-    "manifest": {"types", "log"},
+    "manifest": {"types", "log", "storage"},
+    "bucket": {"types", "manifest", "storage"},
+    "scattered": {"types", "mesh", "manifest", "storage", "stored", "bucket"},
     "nearby": {"manifest"},
     "stored": {"types"},
-    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest", "nearby", "stored"},
+    "checkpoint": {"types", "schema", "mesh", "optim", "log", "manifest", "nearby", "stored", "scattered"},
     "engine": BASE | {"models"},
     "interop": BASE | {"data", "models", "tasks", "sandbox"},
     "sandbox": {"types"},
@@ -38,7 +40,7 @@ ROOMS = {
     # It keeps evaluation rows out of what is trained on, and lets a trained model write some of that.
     "prepare": BASE | {"data", "tasks", "rollout", "eval", "engine", "runs", "record", "evaluate", "compilation"},
     "goodput": {"storage"},
-    "hosts": BASE,
+    "hosts": BASE | {"scattered"},
     "train": BASE
     | {
         "compilation",
@@ -80,6 +82,7 @@ ANYTHING = {
     "plan",
     "serve",
     "__init__",
+    "__main__",
 }
 # Read when they are called, so that a configuration can name a preset, and data a task whose demonstrations it is.
 LAZY = {("config", "models.presets"), ("config", "origins"), ("data", "tasks")}

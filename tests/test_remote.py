@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 import lmtrain
+from lmtrain import bucket as bucket_lib
 from lmtrain import checkpoint, remote, storage
 from lmtrain.data import files
 from lmtrain.types import LmtrainError, StorageError
@@ -18,7 +19,7 @@ __all__ = ["text"]  # a fixture
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """Its file system, empty; the copies here lie in tmp_path/copies."""
-    monkeypatch.setattr(remote, "COPIES", tmp_path / "copies")
+    monkeypatch.setattr(bucket_lib, "COPIES", tmp_path / "copies")
     monkeypatch.setattr(files, "FETCHED", tmp_path / "fetched")
     fs = fsspec.filesystem("memory")
     fs.store.clear()
@@ -28,7 +29,7 @@ def bucket(tmp_path, monkeypatch):
 
 def test_a_run_in_a_bucket_goes_on_on_another_machine_to_the_bit(text, bucket, tmp_path, monkeypatch):
     whole = lmtrain.run(experiment(text), tmp_path / "whole")
-    monkeypatch.setattr(remote, "PERIOD", 0.05)
+    monkeypatch.setattr(bucket_lib, "PERIOD", 0.05)
     show = lmtrain.experiment.train.log.Progress.show
 
     def stopped(self, step, metrics):
@@ -40,7 +41,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine_to_the_bit(text, bucket, t
         patch.setattr(lmtrain.experiment.train.log.Progress, "show", stopped)
         with pytest.raises(LmtrainError, match="taken away"):
             lmtrain.run(experiment(text), "memory://b/run")
-    monkeypatch.setattr(remote, "COPIES", tmp_path / "other copies")  # another machine
+    monkeypatch.setattr(bucket_lib, "COPIES", tmp_path / "other copies")  # another machine
     run = lmtrain.run(experiment(text), "memory://b/run")
     assert same_metrics(run.metrics, whole.metrics)
     assert checkpoint.params_sha256(run.params) == checkpoint.params_sha256(whole.params)
@@ -48,7 +49,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine_to_the_bit(text, bucket, t
     assert there - {"report.html"} == {"tokenizer", "data", "pretrain", "summary.json"}
     steps = {name.split("checkpoints/")[1].split("/")[0] for name in bucket.find("/b/run/pretrain/checkpoints")}
     assert steps == {str(s) for s in checkpoint.steps(run.folder / "pretrain/checkpoints")}
-    monkeypatch.setattr(remote, "COPIES", tmp_path / "yet others")
+    monkeypatch.setattr(bucket_lib, "COPIES", tmp_path / "yet others")
     opened = lmtrain.load("memory://b/run")
     assert opened.step == run.step and opened.generate("the", tokens=3, temperature=0)
 
@@ -63,7 +64,8 @@ def test_the_manifest_goes_up_last_and_half_a_checkpoint_not_at_all(bucket):
     (mirror.local / ".lock").touch()
     order = []
     put = bucket.put_file
-    mirror.fs = type("Fs", (), {"put_file": lambda _, a, b: (order.append(b), put(a, b)), "rm_file": bucket.rm_file})()
+    fs = type("Fs", (), {"put_file": lambda _, a, b: (order.append(b), put(a, b)), "rm_file": bucket.rm_file})()
+    mirror._opened = fs, mirror.root
     mirror.push()
     assert order == ["/b/run/pretrain/checkpoints/5/data", "/b/run/pretrain/checkpoints/5/manifest.json"]
     (here / "10/manifest.json").write_text("whole")
@@ -98,7 +100,7 @@ def test_a_failed_upload_is_tried_again(bucket, monkeypatch):
 
 
 def test_uploads_go_on_while_the_run_does(bucket, monkeypatch):
-    monkeypatch.setattr(remote, "PERIOD", 0.02)
+    monkeypatch.setattr(bucket_lib, "PERIOD", 0.02)
     with remote.mirrored("memory://b/run") as folder:
         (folder / "metrics.jsonl").write_text("1")
         seen = threading.Event()
@@ -108,13 +110,6 @@ def test_uploads_go_on_while_the_run_does(bucket, monkeypatch):
                 break
             seen.wait(0.02)
         assert seen.is_set()
-
-
-def test_several_processes_are_told_to_mount_the_bucket(text, bucket, monkeypatch):
-    for name, value in {"COORDINATOR": "h:1", "PROCESSES": "2", "PROCESS": "0"}.items():
-        monkeypatch.setenv(f"LMTRAIN_{name}", value)
-    with pytest.raises(LmtrainError, match="mount the bucket"):
-        lmtrain.run(experiment(text), "memory://b/run")
 
 
 def test_data_in_a_bucket_is_fetched_once_and_again_when_it_changes(bucket):

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lmtrain import log
+from lmtrain import log, storage
 from lmtrain.data import prepared, sources, store
 from lmtrain.data.cuts import as_bytes
 from lmtrain.data.sources import Document
@@ -40,7 +40,8 @@ def prepare(
 
     Interrupted at any point, the same call goes on behind the last whole shard, to the same bytes. Other settings or
     other input files have another fingerprint. Of several processes, process 0 prepares and the others wait, so they
-    must see the same folder. Digests of all documents are held in memory: about 100 bytes each.
+    must see the same folder, or what fetches it (scattered.py). Digests of all documents are held in memory: about 100
+    bytes each.
 
     Raises:
       ConfigError, LmtrainError: bad settings, missing or broken files, an empty corpus, a full disk, a shard that is
@@ -233,10 +234,16 @@ def _prepare_together(data: Data, tokenizer: Tokenizer, root: Path, progress: bo
             with contextlib.suppress(OSError):
                 store.write(target / "failed", str(e).encode())
             raise
+    wanted = target / storage.WANTED
+    if jax.process_index() and not storage.shared(root):
+        target.mkdir(parents=True, exist_ok=True)
+        wanted.touch()
     while not (target / "manifest.json").is_file():
         with contextlib.suppress(FileNotFoundError):
             raise LmtrainError(f"data: process 0 cannot prepare {target}: {(target / 'failed').read_text()}")
         time.sleep(0.2)
+    if not storage.shared(root):
+        wanted.unlink(missing_ok=True)
     multihost_utils.sync_global_devices("lmtrain.data.prepare")
     return target
 

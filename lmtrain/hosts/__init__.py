@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lmtrain import log, schema
+from lmtrain import log, mesh, scattered, schema, storage
 from lmtrain.hosts import agree, watchdog
 from lmtrain.hosts.place import Place, find
 from lmtrain.hosts.roll import GONE, GRACE, SILENCE, Roll, end_process
@@ -44,6 +44,7 @@ class Crew:
     watchdog_least: float = 600.0
     local: str = ""
     profile: str = ""
+    copy: scattered.Copy | None = None  # where the run's folder is in a bucket
     signal: str = ""  # that this process got: it stands until the run has stopped, from one stage to the next
     _asked: int = 0
     _told: bool = False
@@ -55,6 +56,17 @@ class Crew:
         # JAX says so once. The loop may not be able to stop just then: it rolls back, or a stage ends.
         self._told = self._told or multihost_utils.reached_preemption_sync_point(self._asked)
         return self._told
+
+    def meet(self, name: str) -> None:
+        """Waits until every process is here. What process 0 has written in the run's folder, all see afterwards."""
+        if self.copy is None:
+            mesh.barrier(name)
+            return
+        with self.copy.pushed_once() if self.copy.process == 0 else contextlib.nullcontext():
+            mesh.barrier(f"{name}: written")
+            if self.copy.process:
+                storage.again(self.copy.pull)
+            mesh.barrier(f"{name}: read")
 
     @contextlib.contextmanager
     def watching(self, meter: log.Meter) -> Iterator[None]:
@@ -76,8 +88,11 @@ class Crew:
 
 
 @contextlib.contextmanager
-def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
+def joined(e: schema.Experiment, folder: pathlib.Path, copy: scattered.Copy | None = None) -> Iterator[Crew]:
     """Finds the other processes, compares notes with them, and starts JAX's runtime over all.
+
+    Args:
+      copy: what the folder is, where each process has its own.
 
     Raises:
       LmtrainError: in every process, where one has another configuration, version or clock, cannot write to the folder
@@ -91,7 +106,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
         return
     roll = Roll(place, socket.gethostname())
     try:
-        agree.compare(roll, e, folder)
+        agree.compare(roll, e, folder, copy)
         roll.start()
         if not jax.distributed.is_initialized():
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -100,7 +115,7 @@ def joined(e: schema.Experiment, folder: pathlib.Path) -> Iterator[Crew]:
                 cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=30,
             )  # fmt: skip
         log.say(place.says)
-        yield Crew(place, roll, e.watchdog, e.watchdog_least, e.local, e.profile)
+        yield Crew(place, roll, e.watchdog, e.watchdog_least, e.local, e.profile, copy)
     except Stopped:
         roll.close()
         raise

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lmtrain import config, schema
+from lmtrain import config, scattered, schema
 from lmtrain.hosts.roll import Roll
 from lmtrain.types import LmtrainError
 
@@ -21,22 +21,28 @@ SKEW = 10.0  # seconds that two clocks may differ by: file times and storage cre
 SEEN = 10.0  # seconds that a network file system may take to show a file to another host
 
 
-def compare(roll: Roll, experiment: schema.Experiment, folder: pathlib.Path) -> None:
+def compare(
+    roll: Roll, experiment: schema.Experiment, folder: pathlib.Path, copy: scattered.Copy | None = None
+) -> None:
     """Refuses, in every process, what is not the same in all of them, and leaves no folder behind that it made.
+
+    Args:
+      copy: what the folder is, where each process has its own.
 
     Raises:
       LmtrainError: naming the host.
     """
     try:
-        roll.agree(row(experiment, folder), difference)
-        sees_same_folder(roll, folder)
+        roll.agree(row(experiment, folder, copy), difference)
+        if copy is None:
+            sees_same_folder(roll, folder)
     except LmtrainError:
         with contextlib.suppress(OSError):
             folder.rmdir()  # where it is empty
         raise
 
 
-def row(experiment: schema.Experiment, folder: pathlib.Path) -> dict[str, Any]:
+def row(experiment: schema.Experiment, folder: pathlib.Path, copy: scattered.Copy | None = None) -> dict[str, Any]:
     """What this process says of itself."""
     return {
         "versions": {
@@ -44,8 +50,8 @@ def row(experiment: schema.Experiment, folder: pathlib.Path) -> dict[str, Any]:
             "jax": jax.__version__,
             "Python": ".".join(map(str, sys.version_info[:2])),
         },
-        "settings": config.flatten(config.to_json(experiment)),
-        "unwritable": unwritable(folder),
+        "settings": config.flatten(config.to_json(experiment)) | {"--workdir": copy.url if copy else ""},
+        "unwritable": copy.refusal() if copy else unwritable(folder),
     }
 
 
