@@ -30,7 +30,7 @@ class Bucket:
     """One folder at an address. `local` is the folder of its copy here; `kind` tells apart copies of one address."""
 
     def __init__(self, url: str, kind: str = "run") -> None:
-        self.url = url
+        self.url, self.kind = url, kind.split("-")[0]
         name = url.rstrip("/").rsplit("/", 1)[-1]
         self.local = COPIES.expanduser() / f"{kind}-{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
         self._there: dict[str, tuple[int, int]] = {}  # what is up, by its size and time of change here
@@ -87,7 +87,7 @@ class Bucket:
         """Fetches one file, in one rename; it needs no upload then."""
         file = self.local / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_name(f".{file.name}.half")
+        half = file.with_name(f".{file.name}.{os.getpid()}.half")
         self.fs.get_file(f"{self.root}/{name}", str(half))
         os.replace(half, file)
         self._there[name] = _stamp(file)

@@ -82,7 +82,7 @@ def of(name: str, **fields: Any) -> tuple[ConfigDict, ConfigDict]:
 
     found = origins.find(name)
     shape = dataclasses.asdict(found.model) | {"lora": schema.Lora()} | fields
-    return tokenizer("file", path=str(found.tokenizer)), _config_dict(schema.Model, shape, "model")
+    return tokenizer("file", path=origins.tokenizer(name)), _config_dict(schema.Model, shape, "model")
 
 
 def data(source: str = "stdlib", **fields: Any) -> ConfigDict:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lmtrain import compilation, log, origins, record, report, runs, schema
+from lmtrain import compilation, log, origins, record, report, runs, scattered, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import sources
 from lmtrain.eval import bias, suites
@@ -178,7 +178,10 @@ def keep(
     elif jax.process_index() == 0:
         runs.write_json(file, known)
         if not json:
-            report.write(run.folder)
+            pages = [file, report.write(run.folder)]
+            if (copy := scattered.of(run.folder)) is not None:  # of a run in a bucket, opened to be read
+                copy.give(*(page for page in pages if page is not None))
+                where = f"all of it: {copy.url}/{report.EVALUATION}"
     log.say(f"lmtrain eval: {', '.join(found)} of {s.name}, step {run.step}; {RESAMPLES:,} resamples; {where}")
 
 

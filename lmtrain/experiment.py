@@ -126,7 +126,7 @@ def default_tokenizer(first: schema.Stage) -> schema.Tokenizer:
     """What an experiment without a tokenizer stage takes: that of the run it starts from, else a BPE of its data."""
     if not first.init_from:
         return schema.Tokenizer()
-    return schema.Tokenizer(kind="file", path=str(origins.find(first.init_from).tokenizer))
+    return schema.Tokenizer(kind="file", path=origins.tokenizer(first.init_from))
 
 
 def tokenizer_stage(
@@ -141,9 +141,10 @@ def tokenizer_stage(
         if cfg.kind == "bytes":
             tok = tokenizer_lib.bytes_tokenizer()
         elif cfg.kind == "file":
-            tok = tokenizer_lib.load(pathlib.Path(cfg.path))
+            source = scattered.found(cfg.path)
+            tok = tokenizer_lib.load(source)
             tok = tok.with_specials(cfg.add) if cfg.add else tok
-            beside = [pathlib.Path(cfg.path) / side for side in tokenizer_lib.BESIDE]
+            beside = [source / side for side in tokenizer_lib.BESIDE]
         elif cfg.kind == "bpe":
             texts, names = tokenizer_texts(cfg, first)
             log.say(f"tokenizer: learning {cfg.vocab_size} tokens from {names}")
@@ -326,7 +327,8 @@ def rest_name(start: origins.Origin, folder: pathlib.Path) -> str:
     when the run is moved."""
     if pathlib.Path(start.where).parent == folder:
         return pathlib.Path(start.where).name
-    return start.where if start.where.startswith(huggingface.PREFIX) else str(pathlib.Path(start.where).absolute())
+    known = start.where.startswith(huggingface.PREFIX) or bucket.is_remote(start.where)
+    return start.where if known else str(pathlib.Path(start.where).absolute())
 
 
 def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:

@@ -1,6 +1,7 @@
 """What a setting such as init_from may name: a stage of this run, another run or its stage, or a Hugging Face folder.
 
     init_from="sft"   init_from="runs/quickstart"   init_from="runs/quickstart/sft"   init_from="hf:folder/of/a/model"
+    init_from="gs://bucket/runs/quickstart/sft"
 
 All are opened alike, so that whatever starts from a model, or reads a frozen one, takes any of them.
 """
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lmtrain import checkpoint, partial, schema
+from lmtrain import bucket, checkpoint, partial, scattered, schema
 from lmtrain import mesh as mesh_lib
 from lmtrain.interop import huggingface
 from lmtrain.models import pipeline, quantise, transformer
@@ -72,7 +73,14 @@ def find(name: str, here: pathlib.Path | None = None) -> Origin:
     """
     if name.startswith(huggingface.PREFIX):
         return _folder(name)
-    return _stage(locate(name, here) if here is not None else find_stage(pathlib.Path(name)))
+    origin = _stage(locate(name, here) if here is not None else find_stage(scattered.found(name)))
+    return dataclasses.replace(origin, where=name) if bucket.is_remote(name) else origin
+
+
+def tokenizer(name: str) -> str:
+    """The tokenizer of what a setting names, as a tokenizer stage's `path` does: the same on all machines where that is
+    at an address."""
+    return f"{scattered.run_of(name)}/tokenizer" if bucket.is_remote(name) else str(find(name).tokenizer)
 
 
 def _folder(name: str) -> Origin:
@@ -147,7 +155,7 @@ def extended(params: Params, vocab_size: int, shardings: Any = None) -> Params:
 # -------------------------------------------------------------------------------------------------------- runs' folders
 def locate(name: str, here: pathlib.Path) -> pathlib.Path:
     """The stage folder that a setting names: a stage of the run `here`, else another run or one of its stages."""
-    return here / name if name and (here / name / "config.json").exists() else find_stage(pathlib.Path(name))
+    return here / name if name and (here / name / "config.json").exists() else find_stage(scattered.found(name))
 
 
 def find_stage(path: pathlib.Path) -> pathlib.Path:

@@ -83,7 +83,7 @@ def export_adapter(folder: str, to: str, kind: str = "") -> pathlib.Path:
     stage = origins.find(str(run.folder / run.stage))
     while stage.model.lora.rank:  # adapters trained in several stages rest on one model
         _check_adapters(stage)
-        stage = origins.find(stage.rest["from"], pathlib.Path(stage.where).parent)
+        stage = origins.find(stage.rest["from"], stage.tokenizer.parent)
     if run.model.vocab_size > stage.model.vocab_size:
         raise LmtrainError(f"--adapter: {folder} has new tokens, whose rows {stage.where} lacks; export it without.")
     base = stage

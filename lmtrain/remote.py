@@ -32,13 +32,6 @@ def mirrored(url: str) -> Iterator[pathlib.Path]:
             yield mirror.local
 
 
-def copied(url: str) -> pathlib.Path:
-    """A copy on this machine of what is at an address now, to be read: not that of a run in progress."""
-    mirror = Mirror(url, "read")
-    mirror.pull()
-    return mirror.local
-
-
 class Mirror(Bucket):
     """One folder at an address, and the whole of it here."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmtrain import bucket, checkpoint, engine, log, origins, remote, schema, storage
+from lmtrain import checkpoint, engine, log, origins, scattered, schema, storage
 from lmtrain import mesh as mesh_lib
 from lmtrain.data import chat, jinja
 from lmtrain.data import tokenizer as tokenizer_lib
@@ -124,9 +124,7 @@ def load(folder: str | os.PathLike[str], place: Callable[[schema.Model], Mesh | 
         mesh, shardings = split(found.model)
         params = found.params(shardings, dtype="stored")
         return Run(found.path, "", config, found.model, found.tokenizer(), params, 0, mesh)
-    if bucket.is_remote(folder):
-        folder = remote.copied(str(folder))
-    stage_folder = find_stage(pathlib.Path(folder))
+    stage_folder = find_stage(scattered.found(str(folder)))
     stored = read_json(stage_folder / "config.json")
     step = checkpoint.newest_sound(stage_folder / "checkpoints")
     mesh, shardings = split(stored_model(stored))

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmtrain import manifest, mesh, storage
-from lmtrain.bucket import Bucket, kept, now_and_then, pushed
+from lmtrain.bucket import Bucket, is_remote, kept, now_and_then, pushed
 from lmtrain.types import LmtrainError, Stopped, StorageError
 
 CHUNK = re.compile(r"\d+(\.\d+)*")  # of an array, in zarr's folder of it
@@ -42,10 +42,10 @@ TEXT = "data/"  # of a run's folder: what is tokenised
 
 
 class Copy(Bucket):
-    """One process's copy."""
+    """One process's copy; of kind "read", what all processes of a machine read of a run that is not theirs."""
 
-    def __init__(self, url: str, process: int, processes: int) -> None:
-        super().__init__(url, f"run-{process}-of-{processes}")
+    def __init__(self, url: str, process: int, processes: int, kind: str = "run") -> None:
+        super().__init__(url, f"run-{process}-of-{processes}" if kind == "run" else kind)
         self.process, self.processes = process, processes
         self._lock = threading.Lock()
         self._fetched: dict[str, str] = {}  # small files, by what the bucket said of them then
@@ -65,9 +65,7 @@ class Copy(Bucket):
         """Inside, the copy is there; what process 0 writes goes up now and then, and at the end."""
         with self.alone():
             shutil.rmtree(self.local, ignore_errors=True)
-            self.local.mkdir(parents=True)
-            mark = {"url": self.url, "process": self.process, "processes": self.processes}
-            (self.local / storage.APART).write_text(json.dumps(mark))
+            self.mark()
             if self.process == 0:
                 self.patiently("written to", lambda: self.fs.pipe_file(f"{self.root}/{OWNER}", self._token))
                 storage.again(self._sweep)
@@ -81,6 +79,12 @@ class Copy(Bucket):
                 raise
             mesh.meet("the run is done", UPLOAD)
 
+    def mark(self) -> None:
+        """Makes the folder, with what tells that it is a copy."""
+        self.local.mkdir(parents=True, exist_ok=True)
+        mark = {"url": self.url, "process": self.process, "processes": self.processes, "kind": self.kind}
+        storage.write_json(self.local / storage.APART, mark)
+
     def pull(self) -> None:
         """Fetches what changed there, and removes what is gone: all but tokenised text and checkpoints' arrays."""
         with self.asking("read"):
@@ -90,7 +94,8 @@ class Copy(Bucket):
             there = {name: there[name] for name in _small(list(there)) if not name.startswith(TEXT)}
             for name in [name for name in there if self._fetched.get(name) != there[name]]:
                 self.download(name)
-            for name in self._fetched.keys() - there.keys():
+            here = _small([str(p.relative_to(self.local)) for p in self.local.rglob("*") if p.is_file()])
+            for name in {name for name in here if not name.startswith(TEXT)} - there.keys():
                 (self.local / name).unlink(missing_ok=True)
             self._fetched = there
 
@@ -102,6 +107,13 @@ class Copy(Bucket):
             for name in sorted(names, key=lambda n: (n.endswith(manifest.MANIFEST), n)):
                 if not (self.local / name).exists():
                     self.download(name)
+
+    def give(self, *files: pathlib.Path) -> None:
+        """Uploads files of this copy."""
+        for name in map(self._name, files):
+            self.patiently(
+                "written to", functools.partial(self.fs.put_file, str(self.local / name), f"{self.root}/{name}")
+            )
 
     def _waits(self) -> bool:
         """Whether this process waits for text that process 0 tokenises."""
@@ -214,17 +226,19 @@ class Copy(Bucket):
         """Fetches those that are not here; returns what is wrong with any."""
 
         def get(file: str) -> None:
-            (path / file).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # `compare` names it
-                self.fs.get_file(f"{self.root}/{self._name(path)}/{file}", str(path / file))
+                self.download(f"{self._name(path)}/{file}")
 
-        def patiently(file: str) -> None:
-            if not (path / file).exists():
-                self.patiently("read", lambda: get(file))
-
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(patiently, files))
-        return manifest.compare(path, files)
+        old = [path / file for file in files if (path / file).exists()]
+        for _ in range(2):
+            with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+                missing = [functools.partial(get, file) for file in files if not (path / file).exists()]
+                list(pool.map(functools.partial(self.patiently, "read"), missing))
+            if not (problems := manifest.compare(path, files)) or not old:
+                break
+            while old:  # perhaps of another run that had this address, or this disk damaged them
+                old.pop().unlink(missing_ok=True)
+        return problems
 
     def remove(self, path: pathlib.Path) -> None:
         """In process 0: removes a checkpoint there, its manifest first."""
@@ -250,12 +264,46 @@ class Copy(Bucket):
         return path.relative_to(self.local).as_posix()
 
 
+def found(name: str) -> pathlib.Path:
+    """Where a run, a stage of one, or its tokenizer is read: the folder itself, or for an address a copy, to which the
+    arrays of a checkpoint come once they are asked for.
+
+    Raises:
+      LmtrainError: there is no run at the address, or it cannot be read.
+    """
+    if not is_remote(name):
+        return pathlib.Path(name)
+    run = run_of(name)
+    return opened(run) / name.rstrip("/").removeprefix(run).lstrip("/")
+
+
+def run_of(url: str) -> str:
+    """The address of the run that a stage or its tokenizer, or the run itself, lies at."""
+    url = url.rstrip("/")
+    for run in (url, url.rsplit("/", 1)[0]):
+        copy = Copy(run, 0, 1, kind="read")
+        with copy.asking("read"):
+            if copy.fs.exists(f"{copy.root}/tokenizer/config.json"):
+                return run
+    raise LmtrainError(f"{url}: no run is there, nor a stage of one.")
+
+
+@functools.cache  # a process sees the same run all the time, even one that goes on
+def opened(url: str) -> pathlib.Path:
+    """The copy of a run that lies at an address, as it is now, but for the arrays of its checkpoints."""
+    copy = Copy(url, 0, 1, kind="read")
+    copy.mark()
+    storage.again(copy.pull)
+    storage.again(copy.pull_text)
+    return copy.local
+
+
 def of(folder: pathlib.Path) -> Copy | None:
     """The copy that a folder lies in, to fetch arrays into; None where all processes see the folder."""
     for path in (folder, *folder.parents):
         if (path / storage.APART).exists():
             mark = json.loads((path / storage.APART).read_text())
-            return Copy(mark["url"], mark["process"], mark["processes"])
+            return Copy(mark["url"], mark["process"], mark["processes"], mark["kind"])
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import lmtrain
 from lmtrain import bucket as bucket_lib
-from lmtrain import checkpoint, remote, storage
+from lmtrain import checkpoint, remote, scattered, storage
 from lmtrain.data import files
 from lmtrain.types import LmtrainError, StorageError
 from tests.test_run import experiment, same_metrics, text
@@ -23,6 +23,7 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FETCHED", tmp_path / "fetched")
     fs = fsspec.filesystem("memory")
     fs.store.clear()
+    scattered.opened.cache_clear()
     yield fs
     fs.store.clear()
 
@@ -144,7 +145,7 @@ def test_what_is_opened_to_be_read_is_not_the_copy_of_a_run_in_progress(bucket):
     mirror = mirror_with(5)
     mirror.push()
     mirror_with(10)  # whole, and not up yet
-    assert remote.copied("memory://b/run") != mirror.local
+    assert scattered.opened("memory://b/run") != mirror.local
     assert (mirror.local / "pretrain/checkpoints/10/data").exists()
 
 

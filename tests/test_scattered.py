@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import lmtrain
 from lmtrain import bucket as bucket_lib
 from lmtrain import checkpoint, log, manifest, scattered, storage
 from lmtrain.hosts import local
@@ -48,6 +49,7 @@ def copy(request, tmp_path, monkeypatch):
     """Process 0 of 1, at work on an empty bucket."""
     monkeypatch.setattr(bucket_lib, "COPIES", tmp_path / "copies")
     fsspec.filesystem("memory").store.clear()
+    scattered.opened.cache_clear()
     copy = scattered.Copy("memory://b/run" if request.param == "memory" else f"file://{tmp_path}/b/run", 0, 1)
     with copy.at_work():
         yield copy
@@ -155,6 +157,14 @@ def test_a_lost_chunk_is_named(copy):
     shutil.rmtree(copy.local / "pretrain/checkpoints/5/params")
     problems = copy.fetch(copy.local / "pretrain/checkpoints/5", {"params/d": None})
     assert problems == ["checkpoints/5/params/d/0: missing"]
+
+
+def test_a_file_that_is_not_what_the_manifest_says_is_fetched_again(copy):
+    one = checkpoints(copy)
+    one.save(5, state(mesh_of(4, 2), 1.0), {}, last=True)
+    one.close()
+    (copy.local / "pretrain/checkpoints/5/params/d/0").write_bytes(b"old")
+    assert copy.fetch(copy.local / "pretrain/checkpoints/5", {"params/d": None}) == []
 
 
 def test_an_unfinished_save_is_swept_away_at_the_next_start(copy):
@@ -291,6 +301,23 @@ def test_what_fails_inside_is_the_error_and_the_last_push_is_tried_once(monkeypa
     assert len(tries) == 3
 
 
+def test_what_is_read_of_a_run_is_found_by_any_of_its_addresses_and_is_as_it_is_now(copy):
+    for name in ("tokenizer/config.json", "sft/config.json", "old.json"):
+        copy.fs.pipe_file(f"{copy.root}/{name}", b"1")
+    run = scattered.found(copy.url)
+    assert run != copy.local and {p.name for p in run.iterdir()} == {storage.APART, "tokenizer", "sft", "old.json"}
+    assert scattered.found(f"{copy.url}/sft/") == run / "sft" and scattered.found(str(run)) == run
+    assert scattered.run_of(f"{copy.url}/tokenizer") == scattered.run_of(f"{copy.url}/") == copy.url
+    copy.fs.rm_file(f"{copy.root}/old.json")
+    scattered.opened.cache_clear()
+    assert not (scattered.found(copy.url) / "old.json").exists()
+    (run / "eval.json").write_text("{}")
+    scattered.of(run).give(run / "eval.json")
+    assert "eval.json" in there(copy)
+    with pytest.raises(LmtrainError, match="no run is there"):
+        scattered.found(f"{copy.url}/sft/checkpoints/5")
+
+
 def test_a_folder_knows_whether_others_see_it(copy, tmp_path):
     assert storage.shared(tmp_path) and not storage.shared(copy.local / "pretrain/checkpoints")
     assert scattered.of(tmp_path) is None
@@ -416,6 +443,33 @@ def test_the_whole_chain_over_hosts_that_share_nothing_is_that_of_one_process(ti
     for machine in "abcd":  # each has one copy, in its own home
         (copy,) = (tmp_path / machine / ".cache/lmtrain/runs").glob("run-*[!k]")
         assert copy.name.startswith(f"run-{'abcd'.index(machine) % 2}-of-2-two-")
+
+
+@pytest.mark.slow
+def test_a_run_at_an_address_is_started_from_on_hosts_that_share_nothing(tiny, home, tmp_path):
+    url = f"file://{tmp_path}/first"
+    finish(start(tiny, url, 1, 2))
+    flags = ["--config.stages.pretrain.steps=6", "--config.stages.pretrain.model.lora.rank=2",
+             "--config.stages.tokenizer.kind=file"]  # fmt: skip
+
+    def of(where):
+        return [
+            *flags,
+            f"--config.stages.tokenizer.path={where}/tokenizer",
+            f"--config.stages.pretrain.init_from={where}",
+        ]
+
+    finish(start(tiny, tmp_path / "one", 1, 4, *of(tmp_path / "first")))
+    for machines in ("ab", "cd"):
+        both = start_apart(tiny, f"file://{tmp_path}/two", [tmp_path / m for m in machines], *of(url))
+        said = [finish(process) for process in both]
+        assert same_losses(losses(tmp_path / "two"), losses(tmp_path / "one")) and len(losses(tmp_path / "one")) == 7
+    assert "pretrain: finished" in said[0]
+    stored = json.loads((tmp_path / "two/pretrain/config.json").read_text())
+    assert stored["rest"]["from"] == url
+    run = lmtrain.load(f"file://{tmp_path}/two/pretrain")
+    theirs = lmtrain.load(tmp_path / "one")
+    assert run.generate("the", tokens=8, temperature=0) == theirs.generate("the", tokens=8, temperature=0)
 
 
 @pytest.fixture

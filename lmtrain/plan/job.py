@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from lmtrain import config, feeds, optim, origins, partial, preflight, schema, step
+from lmtrain import config, feeds, optim, origins, partial, preflight, scattered, schema, step
 from lmtrain import mesh as meshes
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.models import pipeline, transformer
@@ -187,7 +186,7 @@ def tokens_of(s: schema.Tokenizer) -> int:
     if s.kind == "bytes":
         return tokenizer_lib.bytes_tokenizer().vocab_size
     if s.kind == "file":
-        return tokenizer_lib.load(pathlib.Path(s.path)).with_specials(s.add).vocab_size
+        return tokenizer_lib.load(scattered.found(s.path)).with_specials(s.add).vocab_size
     return s.vocab_size
 
 
