@@ -84,13 +84,17 @@ class Bucket:
                 del self._there[name]
 
     def download(self, name: str) -> None:
-        """Fetches one file, in one rename; it needs no upload then."""
+        """Fetches one file; it needs no upload then, and is removed there when it is removed here."""
+        self._there[name] = _stamp(self.fetched(name))
+
+    def fetched(self, name: str) -> pathlib.Path:
+        """Fetches one file, in one rename, and returns its path here."""
         file = self.local / name
         file.parent.mkdir(parents=True, exist_ok=True)
         half = file.with_name(f".{file.name}.{os.getpid()}.half")
         self.fs.get_file(f"{self.root}/{name}", str(half))
         os.replace(half, file)
-        self._there[name] = _stamp(file)
+        return file
 
     def patiently(self, what: str, work: Callable[[], Any]) -> Any:
         """Does it, and again after a while where the bucket refuses."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmtrain import checkpoint, config, feeds, origins, runs, schema
+from lmtrain import checkpoint, config, feeds, origins, runs, scattered, schema, storage
 from lmtrain.data import conversations, pipeline, store
 from lmtrain.data.pipeline import Heldout, Pipeline, Table
 from lmtrain.data.table import Conversations
@@ -52,6 +52,8 @@ class Stage:
     def corpus(self) -> store.Shards:
         """The tokenised documents that it was trained on. Raises LmtrainError where they are gone."""
         data = self.cfg.data
+        if (copy := scattered.of(self.folder)) is not None:
+            storage.again(copy.pull_text)
         root = pathlib.Path(data.cache or self.folder.parent / "data").expanduser()
         for file in sorted(root.glob("*/manifest.json")):
             if origins.read_json(file).get("identity") == self.source.get("corpus"):

@@ -83,7 +83,9 @@ class Copy(Bucket):
         """Makes the folder, with what tells that it is a copy."""
         self.local.mkdir(parents=True, exist_ok=True)
         mark = {"url": self.url, "process": self.process, "processes": self.processes, "kind": self.kind}
-        storage.write_json(self.local / storage.APART, mark)
+        half = self.local / f"{storage.APART}.{os.getpid()}"
+        half.write_text(json.dumps(mark))
+        os.replace(half, self.local / storage.APART)
 
     def pull(self) -> None:
         """Fetches what changed there, and removes what is gone: all but tokenised text and checkpoints' arrays."""
@@ -227,7 +229,7 @@ class Copy(Bucket):
 
         def get(file: str) -> None:
             with contextlib.suppress(FileNotFoundError):  # `compare` names it
-                self.download(f"{self._name(path)}/{file}")
+                self.fetched(f"{self._name(path)}/{file}")
 
         old = [path / file for file in files if (path / file).exists()]
         for _ in range(2):
@@ -290,11 +292,10 @@ def run_of(url: str) -> str:
 
 @functools.cache  # a process sees the same run all the time, even one that goes on
 def opened(url: str) -> pathlib.Path:
-    """The copy of a run that lies at an address, as it is now, but for the arrays of its checkpoints."""
+    """The copy of a run that lies at an address, as it is now, but for tokenised text and checkpoints' arrays."""
     copy = Copy(url, 0, 1, kind="read")
     copy.mark()
     storage.again(copy.pull)
-    storage.again(copy.pull_text)
     return copy.local
 
 

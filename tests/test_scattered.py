@@ -163,8 +163,12 @@ def test_a_file_that_is_not_what_the_manifest_says_is_fetched_again(copy):
     one = checkpoints(copy)
     one.save(5, state(mesh_of(4, 2), 1.0), {}, last=True)
     one.close()
-    (copy.local / "pretrain/checkpoints/5/params/d/0").write_bytes(b"old")
-    assert copy.fetch(copy.local / "pretrain/checkpoints/5", {"params/d": None}) == []
+    chunk = copy.local / "pretrain/checkpoints/5/params/d/0"
+    chunk.write_bytes(b"old")
+    assert copy.fetch(chunk.parents[2], {"params/d": None}) == []
+    chunk.unlink()  # as in between; a push then is none of the bucket's business
+    copy.push()
+    assert copy.fetch(chunk.parents[2], {"params/d": None}) == []
 
 
 def test_an_unfinished_save_is_swept_away_at_the_next_start(copy):
