@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 
 from lmtrain import (
     bucket,
-    checkpoint,
     compilation,
     config,
     feeds,
@@ -34,6 +33,7 @@ from lmtrain import (
     partial,
     preflight,
     remote,
+    resume,
     runs,
     scattered,
     schema,
@@ -44,7 +44,6 @@ from lmtrain import mesh as mesh_lib
 from lmtrain.data import conversations, shards, split
 from lmtrain.data import tokenizer as tokenizer_lib
 from lmtrain.eval import heldout as heldout_lib
-from lmtrain.interop import huggingface
 from lmtrain.models import quantise, transformer
 from lmtrain.plan import search
 from lmtrain.types import LmtrainError, Params
@@ -201,8 +200,8 @@ def training_stage(
     settings = config.to_json(dataclasses.replace(e, stages={name: cfg}))
     settings |= {"model": dataclasses.asdict(model), "tokenizer_sha256": tok.fingerprint}
     settings |= {"stages_before": list(e.stages)[: list(e.stages).index(name)]}
-    check_same(here, name, settings)
-    if finished(here, cfg):
+    resume.check_same(here, name, settings)
+    if resume.finished(here, cfg):
         log.say(f"{here}: finished ({cfg.steps} steps); nothing to do")
         return runs.load(here, place=lambda model: mesh if mesh.size > 1 else None)
 
@@ -211,9 +210,10 @@ def training_stage(
     rest = frozen_part(chosen, start, model, initial, cfg.quantize)
     if rest:
         assert start is not None and initial is not None
-        settings["rest"] = {"from": rest_name(start, folder), "identity": start.identify(), "trained": sorted(chosen),
+        name_of_rest = resume.rest_name(start, folder)
+        settings["rest"] = {"from": name_of_rest, "identity": start.identify(), "trained": sorted(chosen),
                             "quantize": cfg.quantize}  # fmt: skip
-        check_rest(here, settings["rest"])
+        resume.check_rest(here, settings["rest"])
         if cfg.quantize:
             initial = rounded(chosen, initial, cfg.quantize)
     cfg = runs.with_template(cfg, folder)
@@ -266,7 +266,7 @@ def initial_params(origin: origins.Origin, model: schema.Model, mesh: Mesh) -> C
             theirs["vocab_size"] = model.vocab_size  # new tokens begin here
         if not origin.model.lora.rank:
             theirs["lora"] = ours["lora"]  # adapters begin here
-        compare_models(theirs, ours, f"init_from {origin.where}", "stages.NAME.model")
+        resume.compare_models(theirs, ours, f"init_from {origin.where}", "stages.NAME.model")
         params = origin.load(mesh_lib.shardings(transformer.axes(origin.model), mesh))
         if model.vocab_size > origin.model.vocab_size:
             shape = dataclasses.replace(origin.model, vocab_size=model.vocab_size)
@@ -310,35 +310,6 @@ def rounded(chosen: set[tuple[str, ...]], initial: Callable[[], Params], kind: s
     return load
 
 
-def check_rest(here: pathlib.Path, rest: dict[str, Any]) -> None:
-    """Refuses to go on with another frozen part than the one that the stage's checkpoints were trained beside."""
-    if not checkpoint.steps(here / "checkpoints"):
-        return
-    stored = origins.read_json(here / "config.json").get("rest") or {}
-    if any(stored.get(key) != rest[key] for key in ("identity", "quantize")):
-        raise LmtrainError(
-            f"{here}: its checkpoints hold only what was trained, and the rest is not what it was then: {rest['from']} "
-            "has changed, or quantize has. Start another --workdir."
-        )
-
-
-def rest_name(start: origins.Origin, folder: pathlib.Path) -> str:
-    """How config.json names what a stage's frozen part comes from: a stage of this run by its name, which stays true
-    when the run is moved."""
-    if pathlib.Path(start.where).parent == folder:
-        return pathlib.Path(start.where).name
-    known = start.where.startswith(huggingface.PREFIX) or bucket.is_remote(start.where)
-    return start.where if known else str(pathlib.Path(start.where).absolute())
-
-
-def finished(here: pathlib.Path, cfg: schema.Stage) -> bool:
-    """True where the stage has its last checkpoint and its summary."""
-    steps = checkpoint.steps(here / "checkpoints")
-    if not steps or steps[-1] < cfg.steps or here.name not in runs.read_summary(here.parent):
-        return False
-    return checkpoint.sound(here / "checkpoints", steps[-1])  # a damaged last step is done again
-
-
 def summarise(done: runs.Run, feed: feeds.Feed) -> None:
     """Writes summary.json and report.html, and prints what the stage reached."""
     scored = [m for m in done.metrics if any(key.startswith("heldout_") for key in m)]
@@ -376,35 +347,3 @@ def said(s: dict[str, Any]) -> str:
     """A score in words: "61.2 % (55.0 to 67.1, 256 rows)"."""
     chance = f", {s['chance']:.0%} by chance, {s['longer']:.0%} by taking the longer" if "chance" in s else ""
     return f"{s['score']:.1%} ({s['ci95'][0]:.1%} to {s['ci95'][1]:.1%}, {s['rows']} rows{chance})"
-
-
-# ------------------------------------------------------------------------------------------- going on
-
-
-def check_same(here: pathlib.Path, name: str, settings: dict[str, Any]) -> None:
-    """Refuses to go on with another model or tokenizer than the stage's checkpoints have; names other changes."""
-    if not (here / "config.json").exists() or not checkpoint.steps(here / "checkpoints"):
-        return
-    stored = origins.read_json(here / "config.json")
-    theirs = dataclasses.asdict(origins.stored_model(stored))
-    compare_models(theirs, settings["model"], str(here), f"stages.{name}.model")
-    if stored["tokenizer_sha256"] != settings["tokenizer_sha256"]:
-        raise LmtrainError(
-            f"{here}: the checkpoint was trained with tokenizer {stored['tokenizer_sha256'][:12]}, but "
-            f"{here.parent}/tokenizer is {settings['tokenizer_sha256'][:12]}. Put the first one back, or start another "
-            "--workdir."
-        )
-    old, new = config.flatten(stored), config.flatten(settings)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith("model."):
-            log.say(f"{here}: {key} was {old.get(key)}, is now {new.get(key)}")
-
-
-def compare_models(stored: dict[str, Any], asked: dict[str, Any], where: str, field: str) -> None:
-    """Raises with both values and the fix where two models differ in a shape; how they are computed may differ."""
-    for key in stored.keys() | asked.keys():
-        if key not in preflight.COMPUTED | {"scalar_head"} and stored.get(key) != asked.get(key):
-            raise LmtrainError(
-                f"{where}: the checkpoint has {key}={stored.get(key)}, the configuration {asked.get(key)}. "
-                f"Start another --workdir, or --config.{field}.{key}={stored.get(key)}."
-            )

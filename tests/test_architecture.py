@@ -70,6 +70,7 @@ ANYTHING = {
     "record",
     "remote",
     "runs",
+    "resume",
     "origins",
     "publish",
     "helps",
