@@ -14,6 +14,7 @@ cannot honour a request raises ConfigError and names itself; none ignores it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -164,6 +165,17 @@ def keeps(primitive, *_, **params) -> bool:
     """A policy of jax.checkpoint: keep what a fused kernel gives, which would have to run again as a whole."""
     fused = primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's
     return fused or (primitive.name == "name" and params["name"] == KEPT)
+
+
+def keeps_products(staged: bool) -> Callable[..., bool]:
+    """A policy of jax.checkpoint: keep products with weights too. Those have no batch dimension; where layers are in
+    stages, whose vmap gives every product one more, they have that."""
+
+    def policy(primitive, *_, **params) -> bool:
+        product = primitive.name == "dot_general" and len(params["dimension_numbers"][1][0]) <= staged
+        return product or keeps(primitive, **params)
+
+    return policy
 
 
 def splash_refuses(length: int, mesh: jax.sharding.Mesh | None) -> str:

@@ -10,6 +10,8 @@ the device that has its expert and back (an all-to-all of as many rows as there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,7 @@ from lmtrain.mesh import batch_shards, platform, spec
 from lmtrain.models import lora
 from lmtrain.models.layers import GATED, MLP, activate
 from lmtrain.models.params import normal, param, zeros
+from lmtrain.models.pipeline import WITHIN
 
 
 class MoE(nnx.Module):
@@ -91,17 +94,18 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
     """The routed experts' weighted sum for every token; w is (gate or None, up, down), each stacked over experts."""
     B, T, _ = x_BTD.shape
     if mesh is None or mesh.size == 1 or B % batch_shards(mesh) or T % mesh.shape["context"]:
-        return _experts(cfg, x_BTD, weight_BTk, expert_BTk, w)
+        return _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, jax.lax.ragged_dot)
 
+    dot = _one_by_one() if WITHIN in mesh.axis_names else jax.lax.ragged_dot
     ways, tensor = mesh.shape["expert"], mesh.shape["tensor"]
     spread = tensor > 1 and T % (tensor * mesh.shape["context"]) == 0
 
     def local(x_BTD, weight_BTk, expert_BTk, *w):
         w = w if len(w) == 3 else (None, *w)
         if ways > 1:
-            y_BTD = _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, ways, ragged=platform(mesh) != "cpu")
+            y_BTD = _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, dot, ways, ragged=platform(mesh) != "cpu")
         else:
-            y_BTD = _experts(cfg, x_BTD, weight_BTk, expert_BTk, w)
+            y_BTD = _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, dot)
         if tensor == 1:
             return y_BTD
         # Each device holds a part of the hidden width.
@@ -118,15 +122,29 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
     return run(x_BTD, weight_BTk, expert_BTk, *w)
 
 
-def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w) -> jax.Array:
+def _one_by_one() -> Callable[..., jax.Array]:
+    """ragged_dot under the vmap over stages, of which a device has one: TPU's compiler knows none with a batch
+    dimension."""
+    dot = jax.custom_batching.custom_vmap(lambda rows, w, sizes: jax.lax.ragged_dot(rows, w, sizes))
+
+    @dot.def_vmap
+    def each(_, batched, *args):  # type: ignore[no-untyped-def]
+        count = next(len(a) for a, own in zip(args, batched, strict=True) if own)
+        lanes = [[a[i] if own else a for a, own in zip(args, batched, strict=True)] for i in range(count)]
+        return jnp.stack([jax.lax.ragged_dot(*lane) for lane in lanes]), True
+
+    return dot
+
+
+def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, dot) -> jax.Array:
     """The weighted sum of every token's experts, all of which are here."""
     B, T, D = x_BTD.shape
     k = cfg.experts_per_token
-    out_MD = _each(cfg, x_BTD.reshape(-1, D), jnp.arange(B * T * k) // k, expert_BTk.reshape(-1), w)
+    out_MD = _each(cfg, x_BTD.reshape(-1, D), jnp.arange(B * T * k) // k, expert_BTk.reshape(-1), w, dot)
     return _weighted(out_MD, weight_BTk)
 
 
-def _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, ways: int, ragged: bool) -> jax.Array:
+def _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, dot, ways: int, ragged: bool) -> jax.Array:
     """The same where each device of the expert axis has an equal part of the experts."""
     D, k, here = x_BTD.shape[-1], cfg.experts_per_token, cfg.experts // ways
     expert_M = expert_BTk.reshape(-1)
@@ -139,7 +157,7 @@ def _travelling(cfg, x_BTD, weight_BTk, expert_BTk, w, ways: int, ragged: bool) 
     rows_WMD = exchange(rows_MD, sent_W, coming_W, "expert", ragged)
     # The rows of a device come by expert: which one is at place m follows from how many. `here`: nothing lies there.
     expert_WM = (jnp.arange(M)[None, :, None] >= jnp.cumsum(coming_WE, axis=1)[:, None, :]).sum(axis=-1)
-    out = _each(cfg, rows_WMD.reshape(-1, D), jnp.arange(ways * M), expert_WM.reshape(-1), w)
+    out = _each(cfg, rows_WMD.reshape(-1, D), jnp.arange(ways * M), expert_WM.reshape(-1), w, dot)
     out_MD = exchange_back(out.reshape(ways, M, D), sent_W, coming_W, "expert", ragged)
     return _weighted(out_MD[_inverse(order_M)], weight_BTk)
 
@@ -183,7 +201,7 @@ def exchange_back(rows_WMD: jax.Array, sent_W, coming_W, axis: str, ragged: bool
     return rows_WMD[device_M, jnp.arange(M) - first_W[device_M]]
 
 
-def _each(cfg, x_RD, pick_M, expert_M, w) -> jax.Array:
+def _each(cfg, x_RD, pick_M, expert_M, w, dot) -> jax.Array:
     """x[pick] through its expert, row by row; 0 where `expert` is the number of those that are here."""
     gate, up, down = w
     here = up.shape[0]
@@ -191,11 +209,11 @@ def _each(cfg, x_RD, pick_M, expert_M, w) -> jax.Array:
     own_M1 = (expert_M < here)[order_M][:, None]
     sizes_E = jnp.bincount(expert_M, length=here).astype(jnp.int32)
     rows_MD = jnp.where(own_M1, x_RD[pick_M[order_M]], 0)
-    gate_MF = None if gate is None else jax.lax.ragged_dot(rows_MD, gate, sizes_E)
-    hidden_MF = activate(cfg, gate_MF, jax.lax.ragged_dot(rows_MD, up, sizes_E))
+    gate_MF = None if gate is None else dot(rows_MD, gate, sizes_E)
+    hidden_MF = activate(cfg, gate_MF, dot(rows_MD, up, sizes_E))
     # What ragged_dot leaves in rows past the last group is not defined: they are masked on the way in and out.
     hidden_MF = jnp.where(own_M1, hidden_MF, 0)
-    out_MD = jnp.where(own_M1, jax.lax.ragged_dot(hidden_MF, down, sizes_E), 0)
+    out_MD = jnp.where(own_M1, dot(hidden_MF, down, sizes_E), 0)
     return out_MD[_inverse(order_M)]
 
 

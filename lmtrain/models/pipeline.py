@@ -14,6 +14,7 @@ end; what the last stage has done goes to the place that its microbatch left, so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,7 @@ def run(
 
     lanes = jax.vmap(one, in_axes=(0, 0, 0, jax.tree.map(lambda mine: 0 if mine else None, own)), spmd_axis_name=WITHIN)
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # else the mask is kept, as large as what it chooses from
     def at(mask_S: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
         return jnp.where(mask_S.reshape(S, 1, 1, 1), yes, no)
 
@@ -134,4 +136,5 @@ def run(
     belt = jnp.concatenate(
         [jnp.roll(belt[:, :more], after + 1, axis=0), jnp.roll(belt[:, more:], after, axis=0)], axis=1
     )
+    belt = pin(belt, WITHIN, None, split)
     return jnp.swapaxes(belt, 1, 2).reshape(x_BTD.shape), aux

@@ -22,7 +22,7 @@ from lmtrain import schema
 from lmtrain.mesh import is_axes, platform, residual
 from lmtrain.models import balance, head, pipeline
 from lmtrain.models import params as p
-from lmtrain.models.attention import Attention, balances, keeps
+from lmtrain.models.attention import Attention, balances, keeps_products
 from lmtrain.models.head import Ends, TokenLosses
 from lmtrain.models.layers import BY_LENGTH, MLP, Norm, rope_tables
 from lmtrain.models.moe import MoE
@@ -337,9 +337,8 @@ class Forward:
 
         if cfg.remat == "none":
             return run
-        policies = jax.checkpoint_policies
-        products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
-        policy = products if cfg.remat == "dots" else policies.nothing_saveable
+        staged = self.mesh is not None and pipeline.WITHIN in self.mesh.axis_names
+        policy = keeps_products(staged) if cfg.remat == "dots" else jax.checkpoint_policies.nothing_saveable
         return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
 
     def _ends(self, params: Params) -> Ends:

@@ -45,11 +45,19 @@ class Job:
         return math.prod(self.sizes[axis] for axis in meshes.BATCH_AXES)
 
     @property
+    def passes(self) -> int:
+        """How often a stage works: M R, see models/pipeline.py."""
+        return (self.model.microbatches or self.sizes["stage"]) * self.model.rounds
+
+    @property
+    def turns(self) -> int:
+        """How often all stages take a turn: M R + S - 1."""
+        return self.passes + self.sizes["stage"] - 1
+
+    @property
     def idle(self) -> float:
-        """By how much longer stages take than the layers alone: (M R + S - 1) / (M R), see models/pipeline.py."""
-        stages, m = self.sizes["stage"], self.model
-        passes = (m.microbatches or stages) * m.rounds
-        return (passes + stages - 1) / passes
+        """By how much longer stages take than the layers alone."""
+        return self.turns / self.passes
 
     @property
     def rows(self) -> int:

@@ -23,7 +23,7 @@ from lmtrain import mesh as meshes
 from lmtrain import optim, schema
 from lmtrain.models import head, transformer
 from lmtrain.models import params as p
-from lmtrain.models.attention import keeps
+from lmtrain.models.attention import keeps_products
 from lmtrain.models.layers import rope_tables
 from lmtrain.models.shapes import groups
 from lmtrain.plan.job import Job, spec_axes
@@ -58,7 +58,12 @@ class Memory:
         )  # over microbatches, a microbatch's own gone
         return {
             "logits": state + kept + p["logits"] + (summed if self.accumulates else 0),
-            "layers": state + kept + p["gradients"] + p["gathered weights"] + p["a layer's work"],
+            "layers": state
+            + kept
+            + p["gradients"]
+            + p["gathered weights"]
+            + p["a layer's work"]
+            + p["a turn of the stages"],
             "optimizer": state + summed + p["optimizer's work"],
         }
 
@@ -80,6 +85,8 @@ def estimate(job: Job) -> Memory:
     layers = shard_sizes(job, layers_only=True)
     kept, work = activations(job)
     here = groups(job.model)[0] / job.sizes["stage"]  # groups of layers on a device
+    # Stages take turns, each with its share of what is kept and a gradient of its own beside the sum.
+    turn = kept / job.turns + 4 * layers.local if job.sizes["stage"] > 1 else 0.0
     parts = {
         "parameters": params,
         "optimizer": optimizer,
@@ -89,6 +96,7 @@ def estimate(job: Job) -> Memory:
         "gathered weights": GATHERED * layers.gathered * job.bytes / here if job.sizes["fsdp"] > 1 else 0.0,
         "activations kept": kept,
         "a layer's work": work,
+        "a turn of the stages": turn,
         "logits": logits_bytes(job),
         "optimizer's work": optimizer_work(job),
         "cache": cache_bytes(job),
@@ -168,10 +176,9 @@ def _traced(model: schema.Model, remat: str, kinds: str, length: int, dtype: Any
             x_BTD = layer(x_BTD, tables, segments_BT, segments_BT > 0, None)[0]
         return x_BTD
 
-    policies = jax.checkpoint_policies
     if remat != "none":
-        products = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keeps)
-        run = jax.checkpoint(run, policy=products if remat == "dots" else policies.nothing_saveable)
+        nothing = jax.checkpoint_policies.nothing_saveable
+        run = jax.checkpoint(run, policy=keeps_products(False) if remat == "dots" else nothing)
     x = jax.ShapeDtypeStruct((ROWS, length, model.width), dtype)
     segments = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
     positions = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)

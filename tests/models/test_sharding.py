@@ -1,6 +1,7 @@
 """Eight devices compute what one does, however the mesh splits the work."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,30 @@ def test_the_exchange_of_a_tpu_or_gpu_is_traced_with_its_gradient(sizes, monkeyp
 
     text = jax.jit(jax.grad(loss)).trace(transformer.shapes(cfg), batch()).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("ragged_all_to_all") >= 4
+    products = re.findall(r"#chlo.ragged_dot<(.*?)>", text)  # libtpu compiles none with a batch dimension
+    assert len(products) >= 9 and not [dims for dims in products if "batching" in dims]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_layer_keeps_in_stages_what_it_keeps_without(remat):
+    """In each of the turns that stages take, 4 + 3 where 4 would do."""
+
+    def kept(layers, rows, mesh):
+        cfg = tiny(layers=layers, remat=remat)
+
+        def back(params, tokens_BT):
+            some = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT, "segments_BT": tokens_BT}
+            return jax.vjp(lambda params: transformer.Forward(cfg, mesh).losses(params, some).nll_BT, params)[1]
+
+        tokens = jax.ShapeDtypeStruct((rows, T), jnp.int32)
+        leaves = jax.tree.leaves(jax.eval_shape(back, transformer.shapes(cfg), tokens))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    def of_layers(mesh):  # and of their rows: neither weights nor logits
+        return sum(sign * kept(layers, rows, mesh) for sign, layers, rows in
+                   ((1, 16, 16), (-1, 16, 8), (-1, 8, 16), (1, 8, 8)))  # fmt: skip
+
+    assert of_layers(meshes.make(schema.Mesh(stage=4, fsdp=2))) == 7 / 4 * of_layers(None)
 
 
 def test_stages_on_gpus_are_lowered_without_cudnns_attention_which_is_refused_by_name(monkeypatch):

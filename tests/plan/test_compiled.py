@@ -52,9 +52,18 @@ ROWS = [
     ("mixtral-8x7b", "v6e:8x8", 1, {"fsdp": 8, "expert": 8}, 64, 2048, True, ("optim.name=adamw",)),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 8, "expert": 8}, 64, 4096, True, ()),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 64}, 64, 4096, True, ("optim.name=adamw",)),
+    ("1b", "v5p:2x2x2", 1, {"stage": 2, "fsdp": 4}, 32, 2048, True, ("model.remat=dots", "optim.name=adamw")),
+    ("8b", "v5e:8x8", 1, {"stage": 4, "fsdp": 16}, 64, 4096, True, ("optim.name=adamw",)),
+    ("8b", "v6e:8x8", 1, {"stage": 4, "fsdp": 16}, 256, 4096, True, ("model.remat=full", "model.microbatches=16")),
+    ("8b", "v5p:4x4x4", 1, {"data": 2, "stage": 4, "fsdp": 8}, 128, 4096, True,
+     ("model.remat=dots", "model.microbatches=8", "model.rounds=2")),
+    ("70b", "v6e:16x16", 1, {"stage": 4, "fsdp": 16, "tensor": 4}, 256, 4096, True,
+     ("optim.name=adamw", "model.microbatches=8")),
+    ("70b", "v5p:8x8x8", 1, {"stage": 8, "fsdp": 64}, 512, 4096, True, ()),
+    ("mixtral-8x7b", "v5p:4x4x4", 1, {"stage": 4, "fsdp": 4, "expert": 4}, 64, 4096, True, ("optim.name=adamw",)),
     ("8b", "v5e:16x16", 4, {"data": 4, "fsdp": 256}, 1024, 2048, True, ()),
     ("8b", "v5p:8x16x16", 1, {"data": 4, "fsdp": 512}, 2048, 8192, True, ()),
-]
+]  # fmt: skip
 
 
 def planned(model, topology, slices, mesh, rows, length, more=()):

@@ -19,8 +19,10 @@ CONFIG = "experiments/pretrain.py:1m,steps=10"
 BASE = ["--config.stages.pretrain.batch_size=64"]
 
 
-def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", optimizer="adamw", accumulate=1, **sizes):
-    model = transformer.resolve(dataclasses.replace(presets.get(name), remat=remat), 131072)
+def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", optimizer="adamw", accumulate=1,
+         microbatches=0, **sizes):  # fmt: skip
+    model = dataclasses.replace(presets.get(name), remat=remat, microbatches=microbatches)
+    model = transformer.resolve(model, 131072)
     stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
                          data=schema.Data(row_length=length), optim=schema.Optim(name=optimizer))  # fmt: skip
     axes = dict.fromkeys(AXES, 1) | sizes
@@ -62,6 +64,16 @@ def test_more_microbatches_keep_less_but_for_a_second_gradient():
     one, four = (parts(fsdp=8, data=8, rows=256, accumulate=a) for a in (1, 4))
     assert four["activations kept"] == one["activations kept"] / 4
     assert four["gradients"] == 2 * one["gradients"]
+
+
+def test_stages_keep_what_their_idle_turns_do_and_hold_a_turn_more():
+    none, four, eight = (parts(fsdp=16, stage=s, microbatches=m) for s, m in ((1, 0), (4, 4), (4, 8)))
+    rows = none["activations kept"] / 4  # four times as many ways for the batch
+    assert (four["activations kept"], eight["activations kept"]) == (rows * 7 / 4, rows * 11 / 8)
+    gradient = 2 * four["weights in 16 bits"]
+    assert none["a turn of the stages"] == 0
+    assert four["a turn of the stages"] == pytest.approx(rows / 4 + gradient)
+    assert eight["a turn of the stages"] == pytest.approx(rows / 8 + gradient)
 
 
 def test_the_search_puts_what_fits_first_and_the_fastest_before():
