@@ -47,9 +47,7 @@ def exchanges(job: Job) -> list[Exchange]:
         if n.get(axis, 1) > 1 and size:
             out.append(Exchange(axis, kind, what, size))
 
-    stages, passes = n["stage"], (m.microbatches or n["stage"]) * m.rounds
-    turns = (passes + stages - 1) / m.rounds if stages > 1 else 1  # in which a stage has its layers' weights gathered
-    gathers = turns * (2 + again) if stages > 1 else 2
+    turns = job.turns / m.rounds if n["stage"] > 1 else 1  # in which a stage has its layers' weights gathered
     # ------------------------------------------------------------------------------ parameters and their gradients
     networks = {"expert": n["expert"], "context": n["context"], "fsdp": n["fsdp"],
                 "stage": n["stage"], "data": n["data"] // job.topology.slices, "dcn": job.topology.slices}  # fmt: skip
@@ -61,7 +59,7 @@ def exchanges(job: Job) -> list[Exchange]:
             layer = path[0] in ("layers", "tail")
             if layer or path[0] == "head" or (path[0] == "embed" and m.tied):
                 scanned = path[0] == "layers"
-                add("fsdp", "all-gather", "weights", whole * (gathers if scanned else 2 if layer else 1))
+                add("fsdp", "all-gather", "weights", whole * (2 * turns if scanned else 2 if layer else 1))
                 if path in job.memories:
                     times = turns if scanned else 1 if layer else _chunks(job)
                     add("fsdp", "reduce-scatter", "gradients", whole * times)
@@ -92,7 +90,7 @@ def exchanges(job: Job) -> list[Exchange]:
         ways, kind = (n["expert"], "all-to-all") if cpu else (1, "ragged-all-to-all")
         add("expert", kind, "tokens", busy * m.experts_per_token * ways * share["expert"] * (4 + 2 * again))
     # Three rolls of a microbatch a turn, as many backward, and as many for the places of the belt.
-    moved = x * stages / (m.microbatches or stages) * (passes + stages - 1) / n["tensor"]
+    moved = x * job.turns / (job.passes / m.rounds) * n["stage"] / n["tensor"]
     add("stage", "collective-permute", "microbatches", 9 * moved)
     if job.stage.optim.name == "muon":
         for axis, size in memory.exchanged_matrices(job).items():

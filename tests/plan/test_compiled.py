@@ -130,22 +130,23 @@ def test_the_plan_sends_what_the_table_says(row):
 
 
 def test_every_line_of_the_table_is_a_row():
-    assert set(table()) <= {name_of(*row) for row in ROWS if not row[7]} and len(table()) == 8
+    assert set(table()) <= {name_of(*row) for row in ROWS if not row[7]} and len(table()) == 9
 
 
 @pytest.mark.parametrize("name", table())
 def test_programs_send_what_is_planned_but_for_known_factors(name):
     """Known: matrices of attention gathered once more for a rematerialised layer, the loop's one sum more; with few
-    devices a matrix for each product."""
+    devices a matrix for each product; what rolls on from stage to stage in other steps."""
     chips_ = next(chips.parse(*row[1:3]).devices for row in ROWS if name_of(*row) == name)
     by_plan, program = column(name, 0), column(name, 1)
     for what, axis in by_plan:
         if what == "exchanged" or axis in ("data", "expert"):
             assert program[what, axis] == pytest.approx(by_plan[what, axis], rel=0.01)
         else:
-            assert 0.999 <= program[what, axis] / by_plan[what, axis] <= (1.13 if chips_ >= 64 else 1.28)
+            most = 1.26 if axis == "stage" else 1.13 if chips_ >= 64 else 1.28
+            assert 0.999 <= program[what, axis] / by_plan[what, axis] <= most
     if "fsdp=" in name:
-        least, most = (1.05, 1.06) if chips_ >= 64 else (1.1, 1.28)
+        least, most = (1.02, 1.04) if "stage=" in name else (1.05, 1.06) if chips_ >= 64 else (1.1, 1.28)
         assert least <= as_sums(program, "fsdp") / as_sums(by_plan, "fsdp") <= most
 
 
