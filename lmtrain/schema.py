@@ -108,7 +108,7 @@ class Model:
     init_scale: float = 0.0  # std of the embedding; 0: 1 for an untied embedding, else 0.02
     attention: str = "auto"  # auto | reference | xla | cudnn | splash
     remat: str = "none"  # none | dots (keep products) | full (keep nothing but each layer's input)
-    unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU, 32 on GPU, 1 elsewhere
+    unroll: int = 0  # layer groups that the scan unrolls; 0: all of up to 12 on CPU (without remat), 32 on GPU, else 1
     microbatches: int = 0  # that pass the stages of mesh.stage; 0: one for each stage
     rounds: int = 1  # how often each passes them: the circular schedule, with less of the time unused
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as models/head.py's CHUNK_BYTES hold

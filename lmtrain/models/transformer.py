@@ -352,4 +352,6 @@ class Forward:
     def _unroll(self, count: int) -> int:
         if self.cfg.unroll:
             return min(self.cfg.unroll, count)
+        if self.cfg.remat != "none" and platform(self.mesh) == "cpu":
+            return 1  # without a loop CPU's compiler sees that it has worked the same out before, and keeps that
         return count if count <= UNROLLED.get(platform(self.mesh), 0) else 1

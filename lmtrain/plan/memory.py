@@ -28,10 +28,11 @@ from lmtrain.models.layers import rope_tables
 from lmtrain.models.shapes import groups
 from lmtrain.plan.job import Job, spec_axes
 
-#: Shares that TPU's compiler has at once, fitted to it (docs/plan.md): of what a layer would keep without
-#: rematerialisation, while it is worked on; of the logits in float32, their gradient included; of the output matrix in
-#: 16 bits, its gradient included; of a group of layers' matrices, gathered, their gradients included.
-LAYER, LOGITS, MATRIX, GATHERED = 0.8, 1.5, 2.0, 1.0
+#: Shares that TPU's compiler has at once, fitted to it (docs/plan.md): of what a group of layers would keep without
+#: rematerialisation, and does not, when it is worked out again; of what one layer would keep, while it is worked on; of
+#: the logits in float32, their gradient included; of the output matrix in 16 bits, its gradient included; of a group
+#: of layers' matrices, gathered, their gradients included.
+AGAIN, LAYER, LOGITS, MATRIX, GATHERED = 0.45, 0.3, 1.5, 2.0, 1.0
 
 #: So far, as a share, estimate and compiler may lie apart.
 ERROR = 0.15
@@ -153,7 +154,8 @@ def activations(job: Job) -> tuple[float, float]:
     stages = job.sizes["stage"]
     at_once = stages / (job.model.microbatches or stages) if stages > 1 else 1.0
     # What is not kept is worked out again for one group at a time.
-    return kept, LAYER * residuals(job, "none", body) * at_once
+    missing = residuals(job, "none", body) - residuals(job, job.model.remat, body)
+    return kept, (AGAIN * missing + LAYER * residuals(job, "none", body[-1])) * at_once
 
 
 @functools.lru_cache(maxsize=512)

@@ -61,6 +61,11 @@ ROWS = [
      ("optim.name=adamw", "model.microbatches=8")),
     ("70b", "v5p:8x8x8", 1, {"stage": 8, "fsdp": 64}, 512, 4096, True, ()),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"stage": 4, "fsdp": 4, "expert": 4}, 64, 4096, True, ("optim.name=adamw",)),
+    ("1b", "v5p:2x2x2", 1, {"fsdp": 8}, 64, 2048, True,
+     ("model.remat=dots", "model.pattern=WWWG", "model.window=1024", "optim.name=adamw")),
+    ("gemma3-1b", "v5p:2x2x2", 1, {"fsdp": 8}, 64, 2048, True, ("model.remat=full", "optim.name=adamw")),
+    ("gemma3-4b", "v6e:4x8", 1, {"fsdp": 32}, 64, 4096, True, ("optim.name=adamw",)),
+    ("qwen3-8b", "v5p:4x4x4", 1, {"fsdp": 64}, 128, 4096, True, ("optim.name=adamw",)),
     ("8b", "v5e:16x16", 4, {"data": 4, "fsdp": 256}, 1024, 2048, True, ()),
     ("8b", "v5p:8x16x16", 1, {"data": 4, "fsdp": 512}, 2048, 8192, True, ()),
 ]  # fmt: skip
