@@ -10,8 +10,6 @@ the device that has its expert and back (an all-to-all of as many rows as there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -96,7 +94,7 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
     if mesh is None or mesh.size == 1 or B % batch_shards(mesh) or T % mesh.shape["context"]:
         return _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, jax.lax.ragged_dot)
 
-    dot = _one_by_one() if WITHIN in mesh.axis_names else jax.lax.ragged_dot
+    dot = _one_by_one if WITHIN in mesh.axis_names else jax.lax.ragged_dot
     ways, tensor = mesh.shape["expert"], mesh.shape["tensor"]
     spread = tensor > 1 and T % (tensor * mesh.shape["context"]) == 0
 
@@ -122,18 +120,17 @@ def experts(cfg, x_BTD, weight_BTk, expert_BTk, w, mesh) -> jax.Array:
     return run(x_BTD, weight_BTk, expert_BTk, *w)
 
 
-def _one_by_one() -> Callable[..., jax.Array]:
+@jax.custom_batching.custom_vmap
+def _one_by_one(rows_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """ragged_dot under the vmap over stages, of which a device has one: TPU's compiler knows none with a batch
-    dimension."""
-    dot = jax.custom_batching.custom_vmap(lambda rows, w, sizes: jax.lax.ragged_dot(rows, w, sizes))
+    dimension. Only there, for without a vmap JAX has no gradient of this."""
+    return jax.lax.ragged_dot(rows_MD, w_EDF, sizes_E)
 
-    @dot.def_vmap
-    def each(_, batched, *args):  # type: ignore[no-untyped-def]
-        count = next(len(a) for a, own in zip(args, batched, strict=True) if own)
-        lanes = [[a[i] if own else a for a, own in zip(args, batched, strict=True)] for i in range(count)]
-        return jnp.stack([jax.lax.ragged_dot(*lane) for lane in lanes]), True
 
-    return dot
+@_one_by_one.def_vmap
+def _lanes(count, batched, *args):  # type: ignore[no-untyped-def]
+    lanes = [[a[i] if own else a for a, own in zip(args, batched, strict=True)] for i in range(count)]
+    return jnp.stack([jax.lax.ragged_dot(*lane) for lane in lanes]), True
 
 
 def _experts(cfg, x_BTD, weight_BTk, expert_BTk, w, dot) -> jax.Array:

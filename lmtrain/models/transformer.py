@@ -353,5 +353,7 @@ class Forward:
         if self.cfg.unroll:
             return min(self.cfg.unroll, count)
         if self.cfg.remat != "none" and platform(self.mesh) == "cpu":
-            return 1  # without a loop CPU's compiler sees that it has worked the same out before, and keeps that
+            # Without a loop CPU's compiler sees that it has worked the same out before, and keeps that; so it does for
+            # a single group, and for layers left over.
+            return 1
         return count if count <= UNROLLED.get(platform(self.mesh), 0) else 1

@@ -84,10 +84,8 @@ def estimate(job: Job) -> Memory:
     params, optimizer = state_bytes(job)
     accumulates = job.stage.accumulate > 1
     layers = shard_sizes(job, layers_only=True)
-    kept, work = activations(job)
+    kept, work, turn = activations(job)
     here = groups(job.model)[0] / job.sizes["stage"]  # groups of layers on a device
-    # Stages take turns, each with its share of what is kept and a gradient of its own beside the sum.
-    turn = kept / job.turns + 4 * layers.local if job.sizes["stage"] > 1 else 0.0
     parts = {
         "parameters": params,
         "optimizer": optimizer,
@@ -145,17 +143,22 @@ def frozen_bytes(job: Job) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- activations
-def activations(job: Job) -> tuple[float, float]:
-    """(bytes kept for the backward pass by all layers, bytes of a layer group that is worked on)."""
+def activations(job: Job) -> tuple[float, float, float]:
+    """(bytes kept for the backward pass by all layers, bytes of a layer group that is worked on, bytes of one turn of
+    the stages)."""
     count, body, tail = groups(job.model)
+    all_, own = (residuals(job, remat, body) for remat in ("none", job.model.remat))
     # With stages, a device has as many rows of fewer layers, those of idle turns besides, one microbatch at a time.
-    kept = count * residuals(job, job.model.remat, body) * job.idle
-    kept += residuals(job, job.model.remat, tail) if tail else 0.0
-    stages = job.sizes["stage"]
+    kept, stages = count * own * job.idle, job.sizes["stage"]
     at_once = stages / (job.model.microbatches or stages) if stages > 1 else 1.0
     # What is not kept is worked out again for one group at a time.
-    missing = residuals(job, "none", body) - residuals(job, job.model.remat, body)
-    return kept, (AGAIN * missing + LAYER * residuals(job, "none", body[-1])) * at_once
+    one = max(residuals(job, "none", kind) for kind in set(body))
+    work = (AGAIN * (all_ - own) + LAYER * one) * at_once
+    # Stages take turns, each with its share of what is kept and gradients of its own beside the sums.
+    gradients = sum(4 * leaf.size / math.prod(job.sizes[a] for a in split) for path, _, leaf, split in job.parameters()
+                    if path in job.memories and path[0] == "layers")  # fmt: skip
+    turn = kept / job.turns + gradients if stages > 1 else 0.0
+    return kept + (residuals(job, job.model.remat, tail) if tail else 0.0), work, turn
 
 
 @functools.lru_cache(maxsize=512)
@@ -213,9 +216,7 @@ def residuals(job: Job, remat: str, kinds: str) -> float:
     # Rows of the whole expert axis meet at a device; attention sees only its own.
     few = dataclasses.replace(local, experts=0, shared_experts=0, mlp=8)
     dense = job.rows * _traced(few, *args)
-    if remat != "none":
-        return dense + (_experts_kept(local, job, len(kinds)) if remat == "dots" else 0.0)
-    return dense + _experts_kept(local, job, len(kinds))
+    return dense + (_experts_kept(local, job, len(kinds)) if remat == "none" else 0.0)  # ragged products are not "dots"
 
 
 def _experts_kept(local: schema.Model, job: Job, layers: int) -> float:

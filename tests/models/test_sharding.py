@@ -176,7 +176,7 @@ def test_a_layer_keeps_in_stages_what_it_keeps_without(remat):
     """In each of the turns that stages take, 4 + 3 where 4 would do."""
 
     def kept(layers, rows, mesh):
-        cfg = tiny(layers=layers, remat=remat)
+        cfg = tiny(layers=layers, width=48, remat=remat)
 
         def back(params, tokens_BT):
             some = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT, "segments_BT": tokens_BT}
@@ -184,6 +184,7 @@ def test_a_layer_keeps_in_stages_what_it_keeps_without(remat):
 
         tokens = jax.ShapeDtypeStruct((rows, T), jnp.int32)
         leaves = jax.tree.leaves(jax.eval_shape(back, transformer.shapes(cfg), tokens))
+        assert not [x for x in leaves if x.dtype == bool and x.shape[-1:] == (cfg.width,)]  # masks of whole rows
         return sum(x.size * x.dtype.itemsize for x in leaves)
 
     def of_layers(mesh):  # and of their rows: neither weights nor logits

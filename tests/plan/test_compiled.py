@@ -1,7 +1,7 @@
 """The plan against TPU's own compiler: the tables of docs/plan.md, row by row. Programs need libtpu, and minutes;
 what each sent when it was compiled last stands in the second table.
 
-pytest -m slow -s tests/plan/test_compiled.py        # prints the rows
+pytest -m slow -s tests/plan/test_compiled.py        # prints the figures
 """
 
 import collections

@@ -22,7 +22,7 @@ BASE = ["--config.stages.pretrain.batch_size=64"]
 def made(name="8b", rows=64, length=4096, topology="v5p:4x4x4", remat="full", optimizer="adamw", accumulate=1,
          microbatches=0, **sizes):  # fmt: skip
     model = dataclasses.replace(presets.get(name), remat=remat, microbatches=microbatches)
-    model = transformer.resolve(model, 131072)
+    model = transformer.resolve(model, model.vocab_size or 131072)
     stage = schema.Stage(batch_size=rows, accumulate=accumulate, model=model, loss=pretrain.Pretrain(),
                          data=schema.Data(row_length=length), optim=schema.Optim(name=optimizer))  # fmt: skip
     axes = dict.fromkeys(AXES, 1) | sizes
@@ -74,6 +74,20 @@ def test_stages_keep_what_their_idle_turns_do_and_hold_a_turn_more():
     assert none["a turn of the stages"] == 0
     assert four["a turn of the stages"] == pytest.approx(rows / 4 + gradient)
     assert eight["a turn of the stages"] == pytest.approx(rows / 8 + gradient)
+
+
+def test_what_is_not_trained_has_no_gradient_in_a_turn_of_the_stages():
+    whole = made(fsdp=16, stage=4)
+    adapters = {path: 8.0 for path in whole.memories if path[0] != "layers"}
+    kept, turn = memory.activations(dataclasses.replace(whole, memories=adapters))[::2]
+    assert turn == kept / 7 < memory.activations(whole)[2]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 64}, {"fsdp": 8, "expert": 8}], ids=str)
+def test_products_of_experts_are_worked_out_again_under_dots(sizes):
+    none, dots, full = (parts(name="mixtral-8x7b", remat=remat, **sizes)["activations kept"]
+                        for remat in ("none", "dots", "full"))  # fmt: skip
+    assert none > 5 * dots > 5 * full
 
 
 def test_the_search_puts_what_fits_first_and_the_fastest_before():
