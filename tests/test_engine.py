@@ -332,7 +332,7 @@ def test_parameters_may_come_laid_out_for_decoding():
 @pytest.mark.parametrize(
     "kind, sizes",
     [("dense", dict(fsdp=4, tensor=2)),
-     ("dense", dict(stage=2, fsdp=2)),
+     pytest.param("dense", dict(stage=2, fsdp=2), marks=pytest.mark.slow),
      pytest.param("mixture", dict(stage=2, expert=2, data=2), marks=pytest.mark.slow),
      pytest.param("windows", dict(data=8), marks=pytest.mark.slow),
      pytest.param("mixture", dict(expert=2, tensor=2, fsdp=2), marks=pytest.mark.slow),

@@ -144,6 +144,7 @@ def test_a_recipe_runs_to_its_table(files, capsys, case):
         assert scores[stages[1]]["tasks"] and "start" in scores
 
 
+@pytest.mark.slow
 def test_what_an_experiment_starts_from_is_shown_in_what_can_be_said_of_it(files, capsys):
     def stage(**fields):
         data = config.data("text", path="lines.txt", document="line", row_length=32, heldout_rows=4)

@@ -100,8 +100,10 @@ def test_the_newest_sound_one_of_both_is_restored(tmp_path, near_at, used):
 
 
 @pytest.mark.parametrize(
-    "error, at, near", [(KeyboardInterrupt, 22, 20), (RuntimeError, 7, 5)], ids=["killed", "failed-before-the-first"]
-)
+    "error, at, near",
+    [pytest.param(KeyboardInterrupt, 22, 20, id="killed"),
+     pytest.param(RuntimeError, 7, 5, id="failed-before-the-first", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_run_that_lost_more_than_its_own_disk_goes_on_from_there_to_the_bit(
     text, tmp_path, monkeypatch, capsys, error, at, near
 ):

@@ -157,6 +157,7 @@ def test_a_stage_does_not_go_on_beside_another_base(base, tmp_path):
         run(tmp_path / "base", tmp_path / "a", **LORA)
 
 
+@pytest.mark.slow
 def test_adapters_that_would_be_another_model_beside_their_base_are_not_exported_alone(base, tmp_path):
     pytest.importorskip("qwix")
     run(base, tmp_path / "few", quantize="int8", **LORA)
@@ -239,6 +240,7 @@ def test_an_update_of_adapters_takes_less_memory_than_one_of_everything():
     assert need[8] < 0.6 * need[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_rank_8_adapters_is_below_5_percent_of_its_base(tmp_path):
     """Adam's two moments included. What it takes: a width of some hundreds; here 1,024, a small model of today."""
     model = transformer.resolve(
@@ -361,6 +363,7 @@ def test_a_quantised_base_is_near_what_it_was_and_comes_back_as_it_was_trained_w
     assert all(apart[path] == 0 for path in apart.keys() - matrices)
 
 
+@pytest.mark.slow
 def test_a_quantised_model_computes_what_its_matrices_in_floating_point_do():
     pytest.importorskip("qwix")
     batch = {"tokens_BT": np.arange(24).reshape(2, 12), "targets_BT": np.ones((2, 12), np.int32)}

@@ -151,6 +151,7 @@ def test_the_reference_of_offline_pairs_is_computed_once(sft, pairs, tmp_path, m
     lmtrain.run(experiment(preference=stage), tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_the_reference_of_another_start_is_another(sft, pairs, tmp_path):
     data = config.data("jsonl", path=str(pairs), row_length=96, heldout_fraction=0.2, heldout_rows=0)
     further = chat_stage(init_from=str(sft.folder), steps=1)
@@ -164,7 +165,9 @@ def test_the_reference_of_another_start_is_another(sft, pairs, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- reinforcement learning
-@pytest.mark.parametrize("objective", POLICIES)
+@pytest.mark.parametrize(
+    "objective", [pytest.param(p, marks=() if p in ("grpo", "ppo") else pytest.mark.slow) for p in POLICIES]
+)
 def test_every_policy_loss_trains(sft, tmp_path, objective):
     stage = rl_stage(objective, init_from=str(sft.folder), rollout=dict(minibatches=2, epochs=2), steps=5, batch_size=8)
     lmtrain.run(experiment(rl=stage), tmp_path / "a")

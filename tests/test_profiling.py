@@ -50,6 +50,7 @@ def test_what_is_no_trace_is_refused(ask, tmp_path):
     assert profiling.parse("3:2") == (3, 2) and profiling.parse("") == (0, 0)
 
 
+@pytest.mark.slow
 def test_compiling_counts_from_the_start_of_the_process(tmp_path):
     tiny(tmp_path)
     (tmp_path / "tiny.py").write_text(

@@ -317,7 +317,7 @@ def damaged_file(folder):
     return max((p for p in inside if p.is_file()), key=lambda p: p.stat().st_size), step
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "delete"])
+@pytest.mark.parametrize("how", ["flip", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "delete"))])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(text, finished, tmp_path, capsys, how):
     folder = tmp_path / "run"
     lmtrain.run(experiment(text), folder)

@@ -209,6 +209,7 @@ def test_a_reward_model_is_refused(here, capsys):
     refused(capsys, ["judge", "--suite", "fluency"], "judge/reward", "scalar head")
 
 
+@pytest.mark.slow
 def test_conversations_have_a_record_too(here):
     """A stage on conversations after one on documents: rows of both, turns of both, and what it starts from."""
     talks = [{"prompt": f"what follows {i}", "completion": f"it is {i + 1} and then some more"} for i in range(300)]

@@ -11,6 +11,7 @@ from lmtrain.evaluate import subject
 from lmtrain.record import open_record
 
 
+@pytest.mark.slow
 def test_the_alarm_is_raised_where_a_run_overfits_and_not_elsewhere(overfit):
     found = {name: overfitting.run(subject(runs.load(folder), Settings())) for name, folder in overfit.items()}
     page, book = found["page"], found["book"]
@@ -20,6 +21,7 @@ def test_the_alarm_is_raised_where_a_run_overfits_and_not_elsewhere(overfit):
     assert page.json()["alarms"] == page.alarms and page.details["thresholds"] == {"gap": 0.2, "trend": 0.02}
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_that_training_reports(overfit):
     """All held-out rows: the held-out loss of the last line of metrics.jsonl."""
     for folder in overfit.values():
@@ -28,6 +30,7 @@ def test_the_losses_are_those_that_training_reports(overfit):
         assert held.value == pytest.approx(run.metrics[-1]["heldout_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_from_those_learned_from(overfit):
     """Of the book, 150 steps of 8 rows have read only a part: every row drawn must be one of these."""
     run = runs.load(overfit["book"])
@@ -72,6 +75,7 @@ def test_a_gap_is_an_alarm_where_its_whole_interval_is_above_a_fifth():
     assert not overfitting.gap_alarm(Estimate(0.5, 0.39, 0.6, 10), 2.0)
 
 
+@pytest.mark.slow
 def test_a_model_from_elsewhere_has_no_record(overfit):
     s = subject(runs.load(overfit["page"]), Settings())
     s.record = None

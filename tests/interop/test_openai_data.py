@@ -127,6 +127,7 @@ def stage(objective, path, **fields):
     return chat_stage(data=openai(path, **fields), **more)
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_on_the_good_lines_of_each_format(write, tmp_path, trained, monkeypatch, capsys):
     """SFT, then DPO and GRPO from it; each sees exactly the good lines."""
     # -------------------------------------------------------------------------------- supervised

@@ -52,6 +52,7 @@ ROWS = [
     ("mixtral-8x7b", "v6e:8x8", 1, {"fsdp": 8, "expert": 8}, 64, 2048, True, ("optim.name=adamw",)),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 8, "expert": 8}, 64, 4096, True, ()),
     ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 64}, 64, 4096, True, ("optim.name=adamw",)),
+    ("mixtral-8x7b", "v5p:4x4x4", 1, {"fsdp": 8, "expert": 8}, 64, 4096, True, ("model.remat=dots",)),
     ("1b", "v5p:2x2x2", 1, {"stage": 2, "fsdp": 4}, 32, 2048, True, ("model.remat=dots", "optim.name=adamw")),
     ("8b", "v5e:8x8", 1, {"stage": 4, "fsdp": 16}, 64, 4096, True, ("optim.name=adamw",)),
     ("8b", "v6e:8x8", 1, {"stage": 4, "fsdp": 16}, 256, 4096, True, ("model.remat=full", "model.microbatches=16")),
