@@ -36,7 +36,7 @@ axis of the mesh moves, step time and MFU by the roofline, days and money. docs/
 
   lmtrain plan --config experiments/pretrain.py:8b --topology v5p:4x4x4 --config.mesh.data=1 --config.mesh.fsdp=64
   lmtrain plan --config experiments/pretrain.py:8b --topology v5e:16x16 --slices 4 --search --price 1.2
-  lmtrain plan ... --compile        the real update compiled for those devices, by libtpu: pip install "lmtrain[tpu]"
+  lmtrain plan ... --compile        the real update compiled for those devices, by libtpu: pip install -e ".[tpu]"
 
 Topologies: v4, v5e, v5p, v6e:AxB[xC] (a slice of TPUs); a100, h100, h200, b200:8xHOSTS; cpu:N."""
 

@@ -280,7 +280,7 @@ CHILD = """
 """
 
 
-def kill_at_random(folder, times):
+def assert_kills_at_random_lose_nothing(folder, times):
     child = textwrap.dedent(CHILD).format(tests=str(pathlib.Path(__file__).parent), folder=str(folder))
     before, abstract, rng = 0, build(1)[1], random.Random(0)
     for _ in range(times):
@@ -297,12 +297,12 @@ def kill_at_random(folder, times):
 
 
 def test_killed_while_it_saves_without_pause(folder):
-    kill_at_random(folder, 2)
+    assert_kills_at_random_lose_nothing(folder, 2)
 
 
 @pytest.mark.slow
 def test_killed_while_it_saves_without_pause_many_times(folder):
-    kill_at_random(folder, 15)
+    assert_kills_at_random_lose_nothing(folder, 15)
 
 
 # ------------------------------------------------------------------------------------------------------ many processes

@@ -273,7 +273,7 @@ def kill_once(command, folder, rng, during_save):
     assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said}"
 
 
-def killed_and_resumed(command, never_killed, tmp_path, seed):
+def assert_killed_goes_on_to_the_bit(command, never_killed, tmp_path, seed):
     rng = random.Random(seed)
     folder = tmp_path / "run"
     for during_save in (False, True)[: 1 + seed % 2]:
@@ -286,13 +286,13 @@ def killed_and_resumed(command, never_killed, tmp_path, seed):
 
 
 def test_a_killed_run_goes_on_to_the_bit(command, never_killed, tmp_path):
-    killed_and_resumed(command, never_killed, tmp_path, seed=1)
+    assert_killed_goes_on_to_the_bit(command, never_killed, tmp_path, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_killed_at_ten_instants_saves_included(command, never_killed, tmp_path, seed):
-    killed_and_resumed(command, never_killed, tmp_path, seed)
+    assert_killed_goes_on_to_the_bit(command, never_killed, tmp_path, seed)
 
 
 def test_sigterm_saves_says_so_and_goes_on_to_the_bit(command, never_killed, tmp_path):

@@ -77,7 +77,7 @@ def left_over():
     return folders + mine
 
 
-def stays_in(source, outside, limits=QUICK, tests=TESTS):
+def assert_stays_in(source, outside, limits=QUICK, tests=TESTS):
     """Runs a hostile program both ways; it gets nothing and leaves nothing. Returns both results."""
     before = (outside / "canary").stat()
     results = []
@@ -125,7 +125,7 @@ def test_a_program_that_wants_out_stays_in(name, outside):
         source = ESCAPES[name]
         for word, value in words.items():
             source = source.replace(word, value)
-        stays_in(source + WRONG, outside)
+        assert_stays_in(source + WRONG, outside)
     assert not os.path.exists("/dev/shm/lmtrain-escaped")
 
 
@@ -150,7 +150,7 @@ def test_the_same_program_gets_out_where_nothing_holds_it(name, tmp_path):
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_program_that_cheats_does_not_score(name, outside):
-    stays_in(CHEATS[name], outside)
+    assert_stays_in(CHEATS[name], outside)
 
 
 SWALLOWING = """
@@ -167,14 +167,14 @@ else:
 @pytest.mark.parametrize("name", ["ends the loop of the tests", "equals everything", "exits with 0"])
 @pytest.mark.parametrize("tests", ["assert all(map(lambda a, b: f(a) == b, [1, 2], [3, 4]))", SWALLOWING])
 def test_neither_does_it_under_careless_tests(name, tests, outside):
-    stays_in(CHEATS[name], outside, tests=tests)
+    assert_stays_in(CHEATS[name], outside, tests=tests)
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_program_without_end_is_ended(name, outside):
     limits = sandbox.Limits(seconds=0.8, cpu_seconds=1, memory=256 << 20)
     function = "def f(x):\n" + "\n".join(f"    {line}" for line in ENDLESS[name].splitlines())
-    ran, _ = stays_in(f"{function}\nif __name__ == '__main__': f(1)", outside, limits)
+    ran, _ = assert_stays_in(f"{function}\nif __name__ == '__main__': f(1)", outside, limits)
     assert not ran.ok and "limit" in ran.error
 
 

@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, argv, *words):
+def assert_refused(capsys, argv, *words):
     """Runs the command; it must fail with one message on stderr that has every word."""
     try:
         code = cli.main(argv)
@@ -115,7 +115,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("flags", "words"), SETTINGS, ids=lambda x: x[0] if isinstance(x, list) and x else str(x))
 def test_an_impossible_setting(place, capsys, flags, words):
-    refused(capsys, run(*flags), *words)
+    assert_refused(capsys, run(*flags), *words)
     assert not (place / "out").exists(), "a half-written run is left behind"
 
 
@@ -149,61 +149,61 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file(place, capsys, name):
     make, source, words = FILES[name]
-    refused(capsys, run(f"{S}data.source={source}", f"{S}data.path={make()}"), *words)
+    assert_refused(capsys, run(f"{S}data.source={source}", f"{S}data.path={make()}"), *words)
     assert not (place / "out").exists(), "a half-written run is left behind"
 
 
 def test_a_configuration_that_is_none(place, capsys):
-    refused(capsys, run(config="tin.py"), "tin.py", "tiny.py")
+    assert_refused(capsys, run(config="tin.py"), "tin.py", "tiny.py")
     write("broken.py", "def get_config(:\n")
-    refused(capsys, run(config="broken.py"), "broken.py:1")
+    assert_refused(capsys, run(config="broken.py"), "broken.py:1")
     write("empty.py", "")
-    refused(capsys, run(config="empty.py"), "get_config")
-    refused(capsys, run(config="tiny.py:stpes=3"), "stpes", "steps")
-    refused(capsys, ["run", "--workdir", "out"], "--config")
+    assert_refused(capsys, run(config="empty.py"), "get_config")
+    assert_refused(capsys, run(config="tiny.py:stpes=3"), "stpes", "steps")
+    assert_refused(capsys, ["run", "--workdir", "out"], "--config")
 
 
 def test_a_workdir_that_cannot_be(place, capsys):
     write("file", "")
-    refused(capsys, ["run", "--config", "tiny.py", "--workdir", "file"], "file", "folder")
-    refused(capsys, ["run", "--config", "tiny.py", "--workdir", "/proc/here"], "/proc/here")
+    assert_refused(capsys, ["run", "--config", "tiny.py", "--workdir", "file"], "file", "folder")
+    assert_refused(capsys, ["run", "--config", "tiny.py", "--workdir", "/proc/here"], "/proc/here")
 
 
 def test_a_run_is_not_continued_as_something_else(place, capsys):
     assert cli.main(run()) == 0
     capsys.readouterr()
-    refused(capsys, run(S + "model.layers=2"), "layers=1", "2", "--workdir")
-    refused(capsys, run("--config.stages.tokenizer.kind=bpe"), "tokenizer", "bytes", "--workdir")
+    assert_refused(capsys, run(S + "model.layers=2"), "layers=1", "2", "--workdir")
+    assert_refused(capsys, run("--config.stages.tokenizer.kind=bpe"), "tokenizer", "bytes", "--workdir")
     tokenizer = pathlib.Path("out/tokenizer/tokenizer.json")
     whole = tokenizer.read_text()
     tokenizer.write_text(whole[:100])
-    refused(capsys, run(), "tokenizer.json")
+    assert_refused(capsys, run(), "tokenizer.json")
     changed = json.loads(whole)
     changed["normalizer"] = {"type": "Lowercase"}
     tokenizer.write_text(json.dumps(changed))
-    refused(capsys, run(), "tokenizer", "--workdir")
+    assert_refused(capsys, run(), "tokenizer", "--workdir")
     tokenizer.write_text(whole)
     assert cli.main(run()) == 0  # nothing was lost
     capsys.readouterr()
     pathlib.Path("text.txt").write_text("Other text altogether. " * 200)
-    refused(capsys, run(S + "steps=9"), "corpus", "--workdir")
+    assert_refused(capsys, run(S + "steps=9"), "corpus", "--workdir")
 
 
 def test_commands_on_folders_that_are_no_runs(place, capsys):
-    refused(capsys, ["generate", "nowhere"], "nowhere")
+    assert_refused(capsys, ["generate", "nowhere"], "nowhere")
     os.makedirs("bare")
-    refused(capsys, ["inspect", "bare"], "bare", "checkpoints")
-    refused(capsys, ["bench", "train", "--preset", "1bb"], "1bb", "1b")
+    assert_refused(capsys, ["inspect", "bare"], "bare", "checkpoints")
+    assert_refused(capsys, ["bench", "train", "--preset", "1bb"], "1bb", "1b")
     assert cli.main(run()) == 0
     capsys.readouterr()
-    refused(capsys, ["generate", "ou"], "ou", "out")
-    refused(capsys, ["generate", "out", "--tokens", "0"], "max_tokens")
-    refused(capsys, ["generate", "out", "--temperature", "-1"], "temperature")
-    refused(capsys, ["generate", "out", "--temperature", "nan"], "temperature")
-    refused(capsys, ["generate", "out", "--samples", "0"], "samples")
+    assert_refused(capsys, ["generate", "ou"], "ou", "out")
+    assert_refused(capsys, ["generate", "out", "--tokens", "0"], "max_tokens")
+    assert_refused(capsys, ["generate", "out", "--temperature", "-1"], "temperature")
+    assert_refused(capsys, ["generate", "out", "--temperature", "nan"], "temperature")
+    assert_refused(capsys, ["generate", "out", "--samples", "0"], "samples")
     pathlib.Path("out/pretrain/config.json").write_text("{")
-    refused(capsys, ["generate", "out"], "config.json")
-    refused(capsys, ["run", "--config", "tiny.py", "--workdir", ""], "--workdir")
+    assert_refused(capsys, ["generate", "out"], "config.json")
+    assert_refused(capsys, ["run", "--config", "tiny.py", "--workdir", ""], "--workdir")
 
 
 def test_two_processes_do_not_share_a_run(place, capsys):
@@ -212,7 +212,7 @@ def test_two_processes_do_not_share_a_run(place, capsys):
     os.makedirs("out")
     with open("out/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(capsys, run(), "another process")
+        assert_refused(capsys, run(), "another process")
 
 
 def test_a_full_disk_ends_in_one_message_and_keeps_what_there_is(place):

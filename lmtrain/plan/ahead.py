@@ -1,6 +1,6 @@
 """The real update, compiled ahead of time for devices that are not there; the compiler's memory beside the estimate.
 
-TPU: libtpu compiles for any slice, on any machine: `pip install "lmtrain[tpu]"`. CPU: as many pretended devices as
+TPU: libtpu compiles for any slice, on any machine: `pip install -e ".[tpu]"`. CPU: as many pretended devices as
 XLA_FLAGS=--xla_force_host_platform_device_count says. GPU: for GPUs that are there, and no more of them.
 """
 
@@ -145,6 +145,6 @@ def devices(job: Job) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=t.name, **options).devices)
-    except (RuntimeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
         raise LmtrainError(f"--compile: no compiler for TPUs here ({str(error).splitlines()[0][:200]}). "
-                           'Install it: pip install "lmtrain[tpu]".') from None  # fmt: skip
+                           'Install it: pip install -e ".[tpu]".') from None  # fmt: skip

@@ -53,18 +53,14 @@ class Memory:
     def heights(self) -> dict[str, float]:
         p = self.parts
         state = p["parameters"] + p["optimizer"] + p["frozen"] + p["cache"]
+        working = p["gathered weights"] + p["a layer's work"] + p["a turn of the stages"]
         kept = p["weights in 16 bits"] + p["activations kept"]
         summed = (
             p["gradients"] / 2 if self.accumulates else p["gradients"]
         )  # over microbatches, a microbatch's own gone
         return {
             "logits": state + kept + p["logits"] + (summed if self.accumulates else 0),
-            "layers": state
-            + kept
-            + p["gradients"]
-            + p["gathered weights"]
-            + p["a layer's work"]
-            + p["a turn of the stages"],
+            "layers": state + kept + p["gradients"] + working,
             "optimizer": state + summed + p["optimizer's work"],
         }
 

@@ -133,7 +133,7 @@ def test_help_names_every_suite_and_flag(capsys):
         assert re.search(rf"^  {name} +{re.escape(suite.says)}", said, re.M), name
 
 
-def refused(capsys, argv, *words):
+def assert_refused(capsys, argv, *words):
     """Runs the command; it must exit with 2 and one message that has every word."""
     try:
         code = cli.main(["eval", *argv])
@@ -173,13 +173,13 @@ def test_what_cannot_be_is_refused_in_one_message(here, capsys, argv, words):
                                     '"choices": ["a", "b"]}\n')  # fmt: skip
     (here / "empty.jsonl").write_text("")
     (here / "empty.txt").write_text(" \n")
-    refused(capsys, argv, *words)
+    assert_refused(capsys, argv, *words)
     assert not (here / "run/eval.json").exists()
 
 
 def test_tokenised_text_that_is_gone_is_named(here, capsys):
     shutil.rmtree(here / "run/data")
-    refused(capsys, ["run", "--suite", "contamination", "--tasks", "addition"], "run/pretrain", "tokenised text")
+    assert_refused(capsys, ["run", "--suite", "contamination", "--tasks", "addition"], "run/pretrain", "tokenised text")
 
 
 def test_a_model_from_elsewhere_is_told_which_suites_need_a_record(here, capsys):
@@ -206,7 +206,7 @@ def test_a_reward_model_is_refused(here, capsys):
     data = config.data("jsonl", path="pairs.jsonl", row_length=64)
     c.stages.reward = config.stage(objective="reward", init_from="run", steps=1, batch_size=8, samples=0, data=data)
     lmtrain.run(c, here / "judge")
-    refused(capsys, ["judge", "--suite", "fluency"], "judge/reward", "scalar head")
+    assert_refused(capsys, ["judge", "--suite", "fluency"], "judge/reward", "scalar head")
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def results(cfg, sizes, length=T):
     return jax.tree.map(np.asarray, (losses, grad))
 
 
-def same(cfg, sizes, length=T):
+def assert_same(cfg, sizes, length=T):
     expected, got = results(cfg, (), length), results(cfg, tuple(sizes.items()), length)
     for e, g in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):  # 1e-6: the keys' bias moves nothing
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-4 * np.abs(e).max() + 1e-6)
@@ -67,7 +67,7 @@ def same(cfg, sizes, length=T):
     ids=str,
 )
 def test_dense(sizes):
-    same(tiny(**DENSE), sizes)
+    assert_same(tiny(**DENSE), sizes)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_dense(sizes):
     ids=str,
 )
 def test_mixture_of_experts(sizes):
-    same(tiny(**MOE), sizes)
+    assert_same(tiny(**MOE), sizes)
 
 
 STAGES = [
@@ -103,7 +103,7 @@ SLOW = pytest.mark.slow
     ids=str,
 )  # fmt: skip
 def test_stages(sizes, fields):
-    same(tiny(**dict(layers=8) | fields), sizes)
+    assert_same(tiny(**dict(layers=8) | fields), sizes)
 
 
 @SLOW
@@ -123,14 +123,14 @@ def test_adapters_and_layers_left_over_under_stages_differ_by_rounding_alone(mon
     "sizes", [dict(context=4, tensor=2), pytest.param(dict(fsdp=2, context=2, data=2), marks=pytest.mark.slow)], ids=str
 )
 def test_scanned_rematerialised_and_in_chunks(sizes):
-    same(tiny(layers=4, unroll=1, remat="full", loss_chunk=24), sizes)
+    assert_same(tiny(layers=4, unroll=1, remat="full", loss_chunk=24), sizes)
 
 
 @pytest.mark.parametrize(
     "sizes", [dict(data=2, tensor=2, context=2), pytest.param(dict(fsdp=8), marks=pytest.mark.slow)], ids=str
 )
 def test_splash(sizes):
-    same(tiny(layers=1, attention="splash", pattern="W", window=9), sizes, length=256)
+    assert_same(tiny(layers=1, attention="splash", pattern="W", window=9), sizes, length=256)
 
 
 @pytest.mark.parametrize("sizes", [dict(context=2, data=4), pytest.param(dict(context=4, fsdp=2), marks=SLOW)], ids=str)
@@ -140,7 +140,7 @@ def test_splash_with_queries_spread_evenly(sizes):
     for fields in (dict(pattern="W", window=200), {}):
         cfg = tiny(layers=1, attention="splash", **fields)
         assert attention.balances(cfg, length, jnp.float32, mesh)
-        same(cfg, sizes, length=length)
+        assert_same(cfg, sizes, length=length)
 
 
 @pytest.mark.parametrize("ways", [2, 4, 8])
@@ -215,7 +215,7 @@ def test_stages_on_gpus_are_lowered_without_cudnns_attention_which_is_refused_by
 def test_a_shape_that_the_mesh_does_not_divide_is_refused_by_name():
     cfg = tiny(kv_heads=2)
     with pytest.raises(schema.ConfigError, match="mesh.tensor is 4.*kv_heads"):
-        same(cfg, dict(tensor=4, data=2))
+        assert_same(cfg, dict(tensor=4, data=2))
 
 
 def compiled(cfg, **sizes):

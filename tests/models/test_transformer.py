@@ -48,7 +48,7 @@ def rows(B, T, vocab=V, seed=0):
     return {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:]}
 
 
-def close(a, b, tol):
+def assert_close(a, b, tol):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=tol * max(1.0, float(np.abs(y).max())))
 
@@ -123,7 +123,7 @@ def test_packed_documents_have_the_log_probabilities_they_have_alone(kind, atten
 def test_a_scan_equals_the_loop(kind):
     cfg = tiny(unroll=1, **KINDS[kind] | ({"layers": 5} if kind == "gemma" else {}))  # two groups and a layer left over
     batch = rows(2, 24)
-    close(loss_and_grad(cfg, batch), loss_and_grad(dataclasses.replace(cfg, unroll=5), batch), 2e-5)
+    assert_close(loss_and_grad(cfg, batch), loss_and_grad(dataclasses.replace(cfg, unroll=5), batch), 2e-5)
 
 
 def test_layers_run_in_the_pattern_s_order():
@@ -147,7 +147,7 @@ def test_layers_run_in_the_pattern_s_order():
 def test_remat_changes_nothing(remat, unroll):
     cfg = tiny(layers=5, pattern="WG", window=5, unroll=unroll)  # WG WG, W left over
     batch = rows(2, 24)
-    close(loss_and_grad(dataclasses.replace(cfg, remat=remat), batch), loss_and_grad(cfg, batch), 1e-5)
+    assert_close(loss_and_grad(dataclasses.replace(cfg, remat=remat), batch), loss_and_grad(cfg, batch), 1e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -172,7 +172,7 @@ def test_remat_trades_memory_in_the_order_none_dots_full():
 def test_cross_entropy_in_chunks_equals_the_whole_with_its_gradient(chunk, tied):
     cfg = tiny(layers=1, tied=tied, logit_softcap=5.0, loss_chunk=1 << 20)
     batch = rows(2, 23)
-    close(loss_and_grad(dataclasses.replace(cfg, loss_chunk=chunk), batch), loss_and_grad(cfg, batch), 1e-5)
+    assert_close(loss_and_grad(dataclasses.replace(cfg, loss_chunk=chunk), batch), loss_and_grad(cfg, batch), 1e-5)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -234,13 +234,13 @@ def everything(cfg, batch, mesh=None):
 
 def test_entropy_and_scalars_in_chunks_equal_the_whole_with_their_gradients():
     cfg = tiny(**SPREAD)
-    close(everything(dataclasses.replace(cfg, loss_chunk=14), rows(2, 23)), everything(cfg, rows(2, 23)), 1e-5)
+    assert_close(everything(dataclasses.replace(cfg, loss_chunk=14), rows(2, 23)), everything(cfg, rows(2, 23)), 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)], ids=str)
 def test_entropy_and_scalars_are_the_same_on_eight_devices(sizes):
     cfg = tiny(**SPREAD, loss_chunk=20)
-    close(everything(cfg, rows(4, 24), meshes.make(Mesh(**sizes))), everything(cfg, rows(4, 24)), 1e-5)
+    assert_close(everything(cfg, rows(4, 24), meshes.make(Mesh(**sizes))), everything(cfg, rows(4, 24)), 1e-5)
 
 
 def test_a_split_vocabulary_stays_split_for_its_entropy():

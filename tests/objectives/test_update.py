@@ -96,14 +96,14 @@ def updated(name, accumulate, **axes):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in OBJECTIVES])
 def test_microbatches_and_devices_change_nothing(name):
     """One batch on one device; 8 rows in 2 microbatches over 2 x 2 x 2 devices (rows, vocabulary, positions)."""
-    same_update(name, data=2, tensor=2, context=2)
+    assert_same_update(name, data=2, tensor=2, context=2)
 
 
 def test_a_value_head_beside_the_logits_under_stages():
-    same_update("ppo", stage=2, fsdp=2, tensor=2)
+    assert_same_update("ppo", stage=2, fsdp=2, tensor=2)
 
 
-def same_update(name, **axes):
+def assert_same_update(name, **axes):
     whole, params = updated(name, 1)
     split, others = updated(name, 2, **axes)
     assert whole["loss"] != 0 and whole["grad_norm"] > 1e-4 and whole["weight"] > 3

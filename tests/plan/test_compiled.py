@@ -173,7 +173,7 @@ def test_bytes_of_another_kind_or_along_another_axis_differ():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "lmtrain[tpu]"')
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[tpu]"')
 @pytest.mark.parametrize("model, topology, slices, mesh, rows, length, fits, more", ROWS)
 def test_the_estimate_is_the_compilers_within_15_percent(model, topology, slices, mesh, rows, length, fits, more):
     made = planned(model, topology, slices, mesh, rows, length, more)
